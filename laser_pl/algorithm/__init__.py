@@ -1,0 +1,35 @@
+"""The algorithm as pure functions of tensors: advantages, losses, scores and the warm-ups."""
+
+from laser_pl.algorithm.advantage import grpo_advantage, rloo_advantage
+from laser_pl.algorithm.policy_loss import (
+    PolicyLoss,
+    aggregate,
+    clipped_policy_loss,
+    kl_estimate,
+)
+from laser_pl.algorithm.schedule import integration_active, self_reward_loss_active
+from laser_pl.algorithm.self_reward import (
+    class_weights,
+    integrate_advantages,
+    partition_excess,
+    self_reward_loss,
+    self_reward_score,
+    sft_loss,
+)
+
+__all__ = [
+    "PolicyLoss",
+    "aggregate",
+    "class_weights",
+    "clipped_policy_loss",
+    "grpo_advantage",
+    "integrate_advantages",
+    "integration_active",
+    "kl_estimate",
+    "partition_excess",
+    "rloo_advantage",
+    "self_reward_loss",
+    "self_reward_loss_active",
+    "self_reward_score",
+    "sft_loss",
+]

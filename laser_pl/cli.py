@@ -1,0 +1,117 @@
+"""The command line: Hydra composes, the contract validates, one line tells each mistake."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from laser_pl.config import Config, known_keys, suggestion, validate
+from laser_pl.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def config_dir() -> Path:
+    """The folder of configuration files: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def main() -> None:
+    """Compose the configuration from the command line and run its task; ends the process."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    exit_codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    def job(composed: DictConfig) -> None:
+        # Caught here, so that the other jobs of a multirun go on and Hydra prints nothing of its own.
+        try:
+            exit_codes.append(run_task(to_config(composed)))
+        except (UserError, OmegaConfBaseException) as error:
+            exit_codes.append(_tell(explain(error)))
+
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        exit_codes.append(_tell(explain(error)))
+    except KeyboardInterrupt:
+        exit_codes.append(EXIT_INTERRUPTED)
+    sys.exit(max(exit_codes, default=0))
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Resolve and validate a composed configuration.
+
+    Raises:
+        UserError: a value is missing, an interpolation leads nowhere, or the contract is broken.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError("\n".join(f"{key}: missing; give it with {key}=VALUE" for key in missing))
+    raw = OmegaConf.to_container(composed, resolve=True)
+    if not isinstance(raw, Mapping):
+        raise UserError("config: must be a mapping")
+    return validate({str(key): value for key, value in raw.items() if key != "experiment"})
+
+
+def run_task(config: Config) -> int:
+    """Run the configured task and return the process's exit code."""
+    # torch, transformers and lightning take seconds to import: only once the input is known good.
+    if config.task == "evaluate":
+        from laser_pl.evaluate import evaluate
+
+        return evaluate(config)
+    from laser_pl.train import train
+
+    return train(config)
+
+
+def explain(error: Exception) -> str:
+    """An error of the input, Hydra's and OmegaConf's own included, a line a mistake."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        options = [str(option) for option in error.options or []]
+        near = suggestion(choice, set(options))
+        return f"{group} = {choice}: no such choice of {', '.join(options)}{near}"
+    key = _override_key(text)
+    if isinstance(error, ConfigCompositionException) and key:
+        return f"{key}: unknown key{suggestion(key, _default_keys())}"
+    return " ".join(text.splitlines()[0].split())
+
+
+def _override_key(text: str) -> str | None:
+    """The key that Hydra could not override, from its message."""
+    match = re.search(r"Could not (?:override|append|delete) '?([\w@./]+?)'?\.?\s", text + "\n")
+    return match.group(1) if match else None
+
+
+def _default_keys() -> set[str]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        composed = compose("config")
+    plain: Any = OmegaConf.to_container(composed, resolve=False)
+    return known_keys(plain)
+
+
+def _tell(message: str) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR

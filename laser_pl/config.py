@@ -1,0 +1,353 @@
+"""The contract of a run's configuration: one frozen pydantic model a Hydra group.
+
+Hydra composes the files of `conf/`, where the values, their comments and their units live; this file
+says which keys there are, their types and ranges. There are no defaults here, so that a value has
+one home.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from laser_pl.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+# strict mode takes an integer for a float: sweeps hand over 0 for 0.0.
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+MAX_PARTITION_EXCESS = 0.05
+
+
+class Section(BaseModel):
+    """A group of keys: unknown keys, wrong types and later changes are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str
+    revision: str | None
+    dtype: Literal["float32", "bfloat16"]
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+    gradient_checkpointing: bool
+    trust_remote_code: bool
+
+
+class DataSection(Section):
+    num_train: Positive | None
+    num_held_out: Positive
+    template: Literal["auto", "chat", "plain"]
+    instruction: str
+    system_prompt: str | None
+    max_prompt_tokens: Positive
+
+
+class ReasoningGymData(DataSection):
+    source: Literal["reasoning_gym"]
+    name: str
+    params: dict[str, Any]
+    num_train: Positive
+
+
+class FileData(DataSection):
+    source: Literal["file"]
+    path: str
+    held_out_path: str | None
+    problem_column: str
+    answer_column: str
+
+
+class HubData(DataSection):
+    source: Literal["hub"]
+    name: str
+    subset: str | None
+    split: str
+    held_out_split: str | None
+    problem_column: str
+    answer_column: str
+
+
+DataConfig = Annotated[ReasoningGymData | FileData | HubData, Field(discriminator="source")]
+
+
+class VerifierConfig(Section):
+    target: str = Field(alias="_target_")
+    arguments: dict[str, Any]
+    timeout: float = Field(gt=0)
+    num_workers: Count
+    on_error: Literal["stop", "zero"]
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"]
+    max_response_tokens: Positive
+    temperature: float = Field(gt=0)
+    top_p: float = Field(gt=0, le=1)
+    max_sequences: Positive
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["grpo", "rloo"]
+    normalize_std: bool
+    clip_low: float = Field(gt=0, lt=1)
+    clip_high: float = Field(gt=0)
+    dual_clip: Annotated[float, Field(gt=1)] | None
+    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean"]
+    kl_coef: float = Field(ge=0)
+    kl_kind: Literal["k1", "abs", "k2", "k3"]
+
+
+class SelfRewardConfig(Section):
+    alpha: float = Field(ge=0)
+    beta: float = Field(gt=0)
+    tau: Fraction
+    min_std: float = Field(ge=0)
+    token: int | str
+    c_ref: float | Literal["calibrated", "model"]
+    balanced: bool
+    reasoning_warmup_steps: Count
+    warmup_steps: Count
+
+    @model_validator(mode="after")
+    def _beta_fits_a_constant_c_ref(self) -> SelfRewardConfig:
+        if not isinstance(self.c_ref, str):
+            check_partition_excess(self.c_ref, self.beta)
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        strict=False
+    )
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: Count
+
+
+class StrategyConfig(Section):
+    name: Literal["auto", "ddp"]
+
+
+class TrainerConfig(Section):
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: Positive
+    num_nodes: Positive
+    precision: Literal["32-true", "bf16-true", "bf16-mixed"]
+    gradient_clip: float = Field(gt=0)
+    max_bad_steps: Count
+    num_threads: Positive | None
+
+
+class EvaluationConfig(Section):
+    every_n_steps: Count
+    num_problems: Positive
+    samples_per_problem: Positive
+    interim_samples_per_problem: Positive
+
+
+class CheckpointConfig(Section):
+    every_n_steps: Count
+    keep_last: Positive
+
+
+class WandbConfig(Section):
+    kind: Literal["wandb"]
+    project: str
+    entity: str | None
+    name: str | None
+    group: str | None
+    tags: list[str]
+
+
+class TensorBoardConfig(Section):
+    kind: Literal["tensorboard"]
+
+
+class CsvConfig(Section):
+    kind: Literal["csv"]
+
+
+LoggerConfig = Annotated[
+    WandbConfig | TensorBoardConfig | CsvConfig, Field(discriminator="kind")
+]
+
+
+class Config(Section):
+    """Everything a run is made of; `conf/config.yaml` is its shape on disk."""
+
+    task: Literal["train", "evaluate"]
+    seed: Count
+    prompts_per_step: Positive
+    rollouts_per_prompt: Positive
+    micro_batch_size: Positive
+    max_steps: Positive
+    output_dir: str
+    resume: str | None
+    model: ModelConfig
+    data: DataConfig
+    verifier: VerifierConfig
+    rollout: RolloutConfig
+    algorithm: AlgorithmConfig
+    self_reward: SelfRewardConfig
+    optimizer: OptimizerConfig
+    strategy: StrategyConfig
+    trainer: TrainerConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    logger: LoggerConfig
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the run, over all nodes."""
+        return self.trainer.devices * self.trainer.num_nodes
+
+    @property
+    def num_sequences(self) -> int:
+        """N = P * G, the sequences of a step over all ranks."""
+        return self.prompts_per_step * self.rollouts_per_prompt
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches a rank works through in a step."""
+        return self.num_sequences // (self.micro_batch_size * self.num_ranks)
+
+    @model_validator(mode="after")
+    def _batch_sizes_divide(self) -> Config:
+        if self.prompts_per_step % self.num_ranks:
+            raise ValueError(
+                f"prompts_per_step = {self.prompts_per_step}: must be a multiple of the "
+                f"{self.num_ranks} ranks (trainer.devices x trainer.num_nodes)"
+            )
+        per_rank = self.num_sequences // self.num_ranks
+        if per_rank % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size}: must divide the {per_rank} sequences "
+                f"of a rank ({self.prompts_per_step} prompts x {self.rollouts_per_prompt} rollouts "
+                f"/ {self.num_ranks} ranks); {_nearest_divisor(per_rank, self.micro_batch_size)} would"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_problems(self) -> Config:
+        if self.evaluation.num_problems > self.data.num_held_out:
+            raise ValueError(
+                f"evaluation.num_problems = {self.evaluation.num_problems}: must be at most "
+                f"data.num_held_out = {self.data.num_held_out}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _self_reward_needs_groups(self) -> Config:
+        if self.algorithm.advantage == "rloo" and self.rollouts_per_prompt < 2:
+            raise ValueError(
+                "rollouts_per_prompt = 1: algorithm=rloo compares the rollouts of a prompt; "
+                "use at least 2"
+            )
+        return self
+
+    def batch_equation(self) -> str:
+        """One line: prompts x rollouts = sequences = micro-batches x size x ranks."""
+        return (
+            f"{_count(self.prompts_per_step, 'prompt')} x "
+            f"{_count(self.rollouts_per_prompt, 'rollout')} = "
+            f"{_count(self.num_sequences, 'sequence')} = "
+            f"{_count(self.num_micro_batches, 'micro-batch', 'micro-batches')} x "
+            f"{self.micro_batch_size} x {_count(self.num_ranks, 'rank')}"
+        )
+
+
+def validate(raw: Mapping[str, Any]) -> Config:
+    """Check a composed configuration against the contract.
+
+    Args:
+        raw: plain nested mappings, as `OmegaConf.to_container(..., resolve=True)` gives them.
+    Raises:
+        UserError: all mistakes, a line each, with the dotted key and what was found.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(item), raw) for item in error.errors(include_url=False)]
+        raise UserError("\n".join(lines)) from None
+
+
+def check_partition_excess(c_ref: float, beta: float) -> None:
+    """Refuse a beta for which the optimum asks too much probability of the score token.
+
+    Args:
+        c_ref: log-probability (nats) of the score token under the reference.
+        beta: scale of the self-reward score.
+    Raises:
+        ValueError: Z - 1 at reward 1 exceeds `MAX_PARTITION_EXCESS`.
+    Source: LaSeR, arXiv 2510.14943: Z = 1 + pi_ref(z_c) * (exp(r_v / beta) - 1).
+    """
+    log_excess = c_ref + 1 / beta + math.log(-math.expm1(-1 / beta))
+    if log_excess > math.log(MAX_PARTITION_EXCESS):
+        excess = f"{math.exp(log_excess):.3g}" if log_excess < 700 else f"exp({log_excess:.0f})"
+        raise ValueError(
+            f"self_reward.beta = {beta:g} does not fit a token with c_ref = {c_ref:.2f}: Z - 1 = "
+            f"{excess} exceeds {MAX_PARTITION_EXCESS}; {_what_would_fit(c_ref, beta)}"
+        )
+
+
+def _what_would_fit(c_ref: float, beta: float) -> str:
+    rarer = math.log(MAX_PARTITION_EXCESS) - 1 / beta
+    token = f"a rarer token (c_ref below {rarer:.1f})"
+    # The smallest beta solves pi_ref * (exp(1 / beta) - 1) = limit.
+    exponent = math.log1p(MAX_PARTITION_EXCESS * math.exp(min(-c_ref, 700)))
+    if exponent <= 0:
+        return token + " would fit"
+    smallest = math.ceil(1 / exponent * 100) / 100
+    return f"self_reward.beta={smallest:g} or {token} would fit"
+
+
+def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> str:
+    """One pydantic error as `key = value: what is wrong`."""
+    location = [str(part) for part in item["loc"]]
+    if len(location) > 1 and location[0] in ("data", "logger"):
+        del location[1]  # pydantic puts the name of the union's member here
+    location = [part for part in location if part not in ("int", "str", "float")]
+    location = [part for part in location if not part.startswith(("literal[", "constrained-"))]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{suggestion(key, known_keys(raw) - {key})}"
+    if item["type"] == "missing":
+        return f"{key}: missing; give it a value"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    message = item["msg"].replace("Input should be", "must be", 1)
+    return f"{key} = {item['input']!r}: {message}"
+
+
+def known_keys(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """All dotted keys of nested mappings, groups included."""
+    keys: set[str] = set()
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        keys.add(dotted)
+        if isinstance(value, Mapping):
+            keys |= known_keys(value, dotted + ".")
+    return keys
+
+
+def suggestion(found: str, valid: set[str]) -> str:
+    """`; did you mean X?` for the nearest valid name, or an empty string."""
+    near = difflib.get_close_matches(found, sorted(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _count(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(d - wanted))

@@ -1,0 +1,1 @@
+"""From a source of problems to prompts of token ids."""

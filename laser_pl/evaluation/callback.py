@@ -1,0 +1,118 @@
+"""Held-out evaluations: before the first step, every few steps, and after the last."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+from laser_pl.config import Config
+from laser_pl.data.datamodule import PromptDataModule
+from laser_pl.evaluation.held_out import Evaluation, evaluate_prompts
+from laser_pl.evaluation.report import EvaluationSamples, evaluation_summary, held_out_metrics
+from laser_pl.logs.progress import set_phase
+from laser_pl.logs.samples import SamplesFile
+from laser_pl.logs.terminal import print_evaluation
+from laser_pl.rollout.collect import Collector
+from laser_pl.rollout.scoring import add_scores
+from laser_pl.training.module import LaserModule
+
+_FIELDS = ("rewards", "scores", "finished", "num_tokens", "answers")
+
+
+class EvaluationCallback(Callback):
+    """Evaluates the policy on held-out prompts and keeps the first and the latest evaluation.
+
+    Args:
+        collector: generates and verifies.
+        config: numbers of problems and samples, seed.
+        samples: where the responses of the first and the last evaluation go; None on other ranks.
+        console: where a line an evaluation is printed; None on other ranks.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        config: Config,
+        samples: SamplesFile | None,
+        console: Console | None,
+    ) -> None:
+        self.collector = collector
+        self.config = config
+        self.samples = samples
+        self.console = console
+        self.before: EvaluationSamples | None = None
+        self.after: EvaluationSamples | None = None
+        self.evaluate_s = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate before the first step; a resumed run has that from its checkpoint."""
+        if self.before is None:
+            self.before = self._evaluate(trainer, pl_module, step=0)
+            self.after = self.before
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate every few steps, with fewer samples; after the last step comes the full one."""
+        step, every = trainer.current_epoch + 1, self.config.evaluation.every_n_steps
+        if every and step % every == 0 and step < self.config.max_steps:
+            self.after = self._evaluate(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the trained policy, unless the run was stopped before its last step."""
+        if trainer.current_epoch >= self.config.max_steps:
+            self.after = self._evaluate(trainer, pl_module, self.config.max_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know of the evaluations before it."""
+        return {name: _pack(getattr(self, name)) for name in ("before", "after")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the evaluations of the interrupted run up again."""
+        for name, packed in state_dict.items():
+            setattr(self, name, _unpack(packed))
+
+    def _evaluate(
+        self, trainer: Trainer, pl_module: LightningModule, step: int
+    ) -> EvaluationSamples:
+        set_phase(trainer, "evaluate")
+        start = time.perf_counter()
+        full = step in (0, self.config.max_steps)
+        evaluation = self._sample(trainer, pl_module, step, full)
+        summary = evaluation_summary(evaluation.samples)
+        elapsed = time.perf_counter() - start
+        self.evaluate_s += elapsed
+        if isinstance(pl_module, LaserModule):
+            pl_module.step_metrics.update(held_out_metrics(summary))
+            pl_module.step_metrics["time/evaluate_s"] = elapsed
+        if self.samples is not None and full:
+            self.samples.write(evaluation.lines)
+        if self.console is not None:
+            print_evaluation(step, summary, self.console)
+        return evaluation.samples
+
+    def _sample(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, full: bool
+    ) -> Evaluation:
+        data, settings = trainer.datamodule, self.config.evaluation  # type: ignore[attr-defined]
+        if not isinstance(pl_module, LaserModule) or not isinstance(data, PromptDataModule):
+            raise TypeError("EvaluationCallback works with LaserModule and PromptDataModule")
+        return evaluate_prompts(
+            self.collector,
+            data.held_out[: settings.num_problems],
+            settings.samples_per_problem if full else settings.interim_samples_per_problem,
+            lambda batch: add_scores(batch, pl_module, self.config.micro_batch_size),
+            self.config.seed,
+            step,
+        )
+
+
+def _pack(samples: EvaluationSamples | None) -> dict[str, Any] | None:
+    """Tensors and lists only, so that a checkpoint loads with weights_only."""
+    return None if samples is None else {name: getattr(samples, name) for name in _FIELDS}
+
+
+def _unpack(packed: dict[str, Any] | None) -> EvaluationSamples | None:
+    return None if packed is None else EvaluationSamples(**packed)
+

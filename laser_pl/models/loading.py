@@ -1,0 +1,197 @@
+"""Models and tokenizers by path, and the tokens that LaSeR needs of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from laser_pl.config import ModelConfig, suggestion
+from laser_pl.errors import UserError
+
+BUILTIN = "builtin:"
+
+# Short names for score tokens whose text neither a shell nor a sweep likes.
+TOKEN_ALIASES = {
+    "qwen-vision-start": "<|vision_start|>",
+    "llama3-reserved-0": "<|reserved_special_token_0|>",
+    "llama3-reserved-1": "<|reserved_special_token_1|>",
+    "smollm2-empty-output": "<empty_output>",
+    "tiny-reserved-0": "<|reserved_0|>",
+    "tiny-reserved-1": "<|reserved_1|>",
+    "tiny-reserved-2": "<|reserved_2|>",
+}
+
+
+def resolve_path(path: str) -> str:
+    """The folder or hub name that a `model.path` stands for.
+
+    Raises:
+        UserError: an unknown `builtin:` name, or a folder that does not exist.
+    """
+    if path.startswith(BUILTIN):
+        return str(_builtin_folder(path.removeprefix(BUILTIN)))
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_dir()
+    if not looks_local:
+        return path
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        found = "no such folder" if not folder.is_dir() else "the folder has no config.json"
+        raise UserError(f"model.path = {path}: {found}; give a Hugging Face model folder")
+    return str(folder)
+
+
+def _builtin_folder(name: str) -> Path:
+    if name == "tiny":
+        return Path(__file__).parent / "tiny"
+    if name == "smollm2-135m":
+        from laser_pl.models.smollm2 import converted_folder
+
+        return converted_folder()
+    raise UserError(f"model.path = {BUILTIN}{name}: there is builtin:tiny and builtin:smollm2-135m")
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token whatever the model brings.
+
+    Raises:
+        UserError: there is no such model, or no network to fetch it.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path = {config.path}: its tokenizer has no EOS token")
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere, so that any token does; EOS is in every vocabulary.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: ModelConfig) -> PreTrainedModel:
+    """The causal language model at `model.path`, with its weights, in training mode.
+
+    Raises:
+        UserError: there is no such model, no network, or its head is not a plain linear layer.
+    """
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        config,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+    check_head(model, config.path)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def check_head(model: PreTrainedModel, path: str) -> None:
+    """Refuse a model whose logits are not its output embedding applied to the last hidden state.
+
+    The training forward applies the head to the response positions only, in chunks; a model that
+    scales or caps its logits afterwards would silently get other log-probabilities.
+
+    Raises:
+        UserError: the logits differ on a short input.
+    """
+    head = model.get_output_embeddings()
+    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        plain = head(model.base_model(input_ids=ids).last_hidden_state) if head else None
+    model.train(was_training)
+    if plain is None or not torch.allclose(logits, plain, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"model.path = {path}: {type(model).__name__} changes its logits after the output "
+            "layer, which is not supported"
+        )
+
+
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's EOS and the generation config's.
+
+    Llama-3 and Qwen2.5 list several. The tokenizer's own comes first.
+    """
+    from transformers import GenerationConfig
+
+    ids = [int(tokenizer.eos_token_id)]
+    for kind in (GenerationConfig, AutoConfig):
+        try:
+            listed = kind.from_pretrained(resolve_path(config.path), revision=config.revision)
+        except (OSError, ValueError):
+            continue
+        value = listed.eos_token_id
+        ids += [value] if isinstance(value, int) else list(value or [])
+    return tuple(dict.fromkeys(ids))
+
+
+def resolve_token(
+    token: int | str, tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]
+) -> int:
+    """The id of the score token from an id, its text, or an alias.
+
+    Raises:
+        UserError: not in the vocabulary, or equal to EOS or pad.
+    """
+    token_id = _token_id(token, tokenizer)
+    if token_id in eos_ids:
+        raise UserError(
+            f"self_reward.token = {token}: is the EOS token (id {token_id}), which ends every "
+            "answer; use a token that never occurs, such as a reserved one"
+        )
+    if token_id == tokenizer.pad_token_id:
+        raise UserError(
+            f"self_reward.token = {token}: is the pad token (id {token_id}); use a token that "
+            "never occurs, such as a reserved one"
+        )
+    return token_id
+
+
+def _token_id(token: int | str, tokenizer: PreTrainedTokenizerBase) -> int:
+    vocabulary = tokenizer.get_vocab()
+    if isinstance(token, int) or token.isdecimal():
+        if not 0 <= int(token) < len(tokenizer):
+            raise UserError(
+                f"self_reward.token = {token}: the vocabulary has ids 0 to {len(tokenizer) - 1}"
+            )
+        return int(token)
+    text = TOKEN_ALIASES.get(token, token)
+    if text not in vocabulary:
+        near = suggestion(text, set(tokenizer.all_special_tokens) | set(TOKEN_ALIASES))
+        near = near or suggestion(text, set(tokenizer.get_added_vocab()))
+        raise UserError(f"self_reward.token = {token}: not in the vocabulary{near}")
+    return int(vocabulary[text])
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
+    path = resolve_path(config.path)
+    try:
+        return kind.from_pretrained(
+            path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            **arguments,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        hint = (
+            "check the folder"
+            if Path(path).is_dir()
+            else "download it first, or give a folder, if there is no network"
+        )
+        raise UserError(f"model.path = {config.path}: cannot be loaded ({reason}); {hint}") from None

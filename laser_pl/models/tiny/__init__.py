@@ -1,0 +1,1 @@
+"""The tiny Llama that comes with the package, and the script that made it."""

@@ -1,0 +1,208 @@
+"""The rollout callback: makes the step's batch from the current weights, before its update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from laser_pl.config import Config, check_partition_excess
+from laser_pl.data.datamodule import PromptDataModule
+from laser_pl.distributed import derive_seed, gather_over_ranks, rank
+from laser_pl.errors import UserError
+from laser_pl.evaluation.metrics import verification_metrics
+from laser_pl.logs.progress import set_phase
+from laser_pl.logs.samples import Sample, SamplesFile
+from laser_pl.rollout.collect import Collected, Collector
+from laser_pl.rollout.scoring import (
+    add_advantages,
+    add_class_weights,
+    add_scores,
+    mixes,
+    step_totals,
+)
+from laser_pl.training.module import LaserModule
+
+# Rollouts of a step that are kept in samples.jsonl.
+SAMPLES_PER_STEP = 4
+
+
+class RolloutCallback(Callback):
+    """Samples, verifies and scores the rollouts of a step, and hands its micro-batches to the loop.
+
+    Runs in `on_train_epoch_start`: one Lightning epoch is one step, and its batches are fetched
+    after this hook, so that they come from the weights that the step updates.
+
+    Args:
+        collector: generates and verifies.
+        config: batch sizes, algorithm, self-reward, seed.
+        samples: where a few rollouts of each step are kept; None on other ranks.
+    """
+
+    def __init__(self, collector: Collector, config: Config, samples: SamplesFile | None) -> None:
+        self.collector = collector
+        self.config = config
+        self.samples = samples
+        self.calibrate_s = 0.0
+        self._step_start = 0.0
+        self._update_start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure c_ref before the first update; a resumed run has it from its checkpoint."""
+        module, data = _parts(trainer, pl_module)
+        if trainer.current_epoch == 0:
+            set_phase(trainer, "calibrate")
+            start = time.perf_counter()
+            calibrate(module, self.collector, data, self.config)
+            self.calibrate_s = time.perf_counter() - start
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the step's batch from the current weights."""
+        module, data = _parts(trainer, pl_module)
+        self._step_start = time.perf_counter()
+        set_phase(trainer, "rollout")
+        # Dropout, where a model has it, then depends on the step alone too.
+        torch.manual_seed(derive_seed(self.config.seed, "update", module.step, rank()))
+        collected = self.collector.collect(
+            data.prompts_of_step(module.step),
+            self.config.rollouts_per_prompt,
+            derive_seed(self.config.seed, "rollout", module.step, rank()),
+        )
+        batch = collected.batch
+        add_scores(batch, module, self.config.micro_batch_size)
+        add_advantages(batch, self.config.algorithm, self.config.self_reward, module.step)
+        add_class_weights(batch)
+        micro_batches = batch.micro_batches(self.config.micro_batch_size)
+        data.loader.micro_batches = micro_batches
+        module.step_metrics = self._metrics(collected, module)
+        module.begin_step(step_totals(batch, len(micro_batches)))
+        self._keep_samples(collected, module.step)
+        set_phase(trainer, "update")
+        self._update_start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the step's own sums and times to its metrics."""
+        module, _ = _parts(trainer, pl_module)
+        now = time.perf_counter()
+        module.finish_step()
+        module.step_metrics["time/update_s"] = now - self._update_start
+        module.step_metrics["time/step_s"] = now - self._step_start
+
+    def _metrics(self, collected: Collected, module: LaserModule) -> dict[str, float]:
+        """The step's rollout, verifier and self-verification measures, over all ranks."""
+        facts = gather_over_ranks(_facts(collected))
+        table = torch.tensor(facts, dtype=torch.float64)
+        rewards, scores, finished, tokens, unparsed, no_signal, mixed = table.unbind(dim=1)
+        judged = verification_metrics(scores, rewards > 0.5)
+        done = finished > 0.5
+        failures = self.collector.verifier.counts
+        metrics = {
+            "rollout/reward_mean": rewards.mean(),
+            "rollout/finished_fraction": finished.mean(),
+            "rollout/truncated_fraction": 1 - finished.mean(),
+            "rollout/response_tokens_mean": tokens.mean(),
+            "rollout/response_tokens_max": tokens.max(),
+            "rollout/tokens_per_s": tokens.sum() / collected.rollout_s,
+            "rollout/zero_signal_groups_fraction": no_signal.mean(),
+            **{f"self_reward/{name}": judged[name] for name in _JUDGED},
+            "self_reward/score_mean_correct": scores[done & (rewards > 0.5)].mean(),
+            "self_reward/score_mean_incorrect": scores[done & (rewards < 0.5)].mean(),
+            "self_reward/advantages_mixed_fraction": mixed.mean(),
+            "self_reward/loss_active": module.self_reward_active,
+            "self_reward/integration_active": mixes(module.self_reward, module.step),
+            **{name.replace("num_", "verifier/"): count for name, count in failures.items()},
+            "verifier/unparsed_fraction": unparsed.mean(),
+            "time/rollout_s": collected.rollout_s,
+            "time/verify_s": collected.verify_s,
+        }
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _keep_samples(self, collected: Collected, step: int) -> None:
+        if self.samples is not None:
+            rows = range(min(SAMPLES_PER_STEP, len(collected.batch)))
+            self.samples.write(training_samples(collected, rows, step, self.collector.tokenizer))
+
+
+_JUDGED = ("f1", "auroc", "accuracy", "accuracy_on_correct", "accuracy_on_incorrect")
+
+
+def calibrate(
+    module: LaserModule, collector: Collector, data: PromptDataModule, config: Config
+) -> None:
+    """Measure log pi_ref(z_c | x, y) on responses to the first step's prompts.
+
+    Before the first update the policy is the reference, so that no second model is needed. A number
+    in the configuration takes the mean's place.
+
+    Raises:
+        UserError: no response finished, or beta does not fit the token (Z - 1 too large).
+    """
+    seed = derive_seed(config.seed, "calibrate", rank())
+    batch = collector.generate(data.prompts_of_step(1), config.rollouts_per_prompt, seed)
+    measured = torch.tensor(gather_over_ranks(batch.token_logprob[batch.finished].tolist()))
+    if len(measured) == 0:
+        raise UserError(
+            f"rollout.max_response_tokens = {config.rollout.max_response_tokens}: none of "
+            f"{config.num_sequences} responses ended with EOS within it, so that there is no score "
+            "to calibrate; give a larger one"
+        )
+    module.c_ref = float(measured.mean())
+    module.c_ref_std = float(measured.std()) if len(measured) > 1 else 0.0
+    if not isinstance(config.self_reward.c_ref, str):
+        module.c_ref = config.self_reward.c_ref
+    try:
+        check_partition_excess(module.c_ref, config.self_reward.beta)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def training_samples(
+    collected: Collected, rows: Sequence[int], step: int, tokenizer: object
+) -> list[Sample]:
+    """Some rollouts of a training step as lines of samples.jsonl."""
+    batch = collected.batch
+    return [
+        Sample(
+            step=step,
+            split="train",
+            problem=collected.prompt_of(row).problem.index,
+            prompt=tokenizer.decode(collected.prompt_of(row).token_ids),  # type: ignore[attr-defined]
+            response=collected.responses[row],
+            answer=collected.verdicts[row].answer,
+            reference_answer=collected.prompt_of(row).problem.answer,
+            reward=float(batch.rewards[row]),
+            score=float(batch.scores[row]),
+            advantage=float(batch.advantages[row]),
+            finished=bool(batch.finished[row]),
+            num_tokens=int(batch.num_tokens[row]),
+        )
+        for row in rows
+    ]
+
+
+def _facts(collected: Collected) -> list[tuple[float, ...]]:
+    """Per sequence: reward, score, finished, tokens, unparsed, group without signal, mixed."""
+    batch = collected.batch
+    no_signal = _groups_without_signal(batch.rewards, batch.groups)
+    mixed = (batch.advantages - batch.verifier_advantages).abs() > 0
+    unparsed = torch.tensor([verdict.answer is None for verdict in collected.verdicts])
+    columns = (
+        batch.rewards, batch.scores, batch.finished, batch.num_tokens, unparsed, no_signal, mixed,
+    )  # fmt: skip
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _groups_without_signal(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """[N] bool, all rewards of the sequence's group are equal."""
+    same_group = groups.unsqueeze(0) == groups.unsqueeze(1)
+    same_reward = rewards.unsqueeze(0) == rewards.unsqueeze(1)
+    return (same_reward | ~same_group).all(dim=1)
+
+
+def _parts(trainer: Trainer, module: LightningModule) -> tuple[LaserModule, PromptDataModule]:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(module, LaserModule) or not isinstance(data, PromptDataModule):
+        raise TypeError("RolloutCallback works with LaserModule and PromptDataModule")
+    return module, data

@@ -1,0 +1,94 @@
+"""What a rollout batch gets once, from the whole step: scores, advantages, class weights, totals."""
+
+from __future__ import annotations
+
+import torch
+
+from laser_pl.algorithm import (
+    class_weights,
+    grpo_advantage,
+    integrate_advantages,
+    integration_active,
+    rloo_advantage,
+    self_reward_score,
+)
+from laser_pl.config import AlgorithmConfig, SelfRewardConfig
+from laser_pl.distributed import gather_over_ranks, rank, sum_over_ranks, world_size
+from laser_pl.rollout.batch import RolloutBatch
+from laser_pl.training.module import LaserModule, StepTotals
+
+
+def add_scores(batch: RolloutBatch, module: LaserModule, micro_batch_size: int) -> None:
+    """Fill in c_ref and the self-reward scores, and the reference's log-probs if something uses them.
+
+    Args:
+        batch: N sequences with the engine's token_logprob; filled in place.
+        module: holds c_ref, beta and the frozen reference.
+        micro_batch_size: sequences in one forward of the reference.
+    """
+    batch.c_ref = torch.full((len(batch),), module.c_ref)
+    if module.reference is not None:
+        _add_reference(batch, module, micro_batch_size)
+    scores = self_reward_score(batch.token_logprob, batch.c_ref, module.self_reward.beta)
+    batch.scores = torch.where(batch.finished, scores, torch.zeros_like(scores))
+
+
+def _add_reference(batch: RolloutBatch, module: LaserModule, micro_batch_size: int) -> None:
+    for index in torch.arange(len(batch)).split(micro_batch_size):
+        part = batch.select(index)
+        output = module.reference_forward(part.to(module.device))
+        num_columns = part.response_mask.shape[1]
+        batch.reference_logprobs[index, :num_columns] = output.logprobs.cpu()
+        if module.self_reward.c_ref == "model":
+            batch.c_ref[index] = output.token_logprob.cpu()
+
+
+def add_advantages(
+    batch: RolloutBatch, algorithm: AlgorithmConfig, self_reward: SelfRewardConfig, step: int
+) -> None:
+    """Fill in the verifier's advantages, and those that the loss uses.
+
+    Args:
+        batch: N sequences with rewards and scores; filled in place. A group is whole on one rank.
+        algorithm: which advantage.
+        self_reward: tau, min_std and the warm-ups.
+        step: from 1.
+    """
+    if algorithm.advantage == "grpo":
+        verifier = grpo_advantage(batch.rewards, batch.groups, algorithm.normalize_std)
+    else:
+        verifier = rloo_advantage(batch.rewards, batch.groups)
+    batch.verifier_advantages = batch.advantages = verifier
+    if mixes(self_reward, step):
+        batch.advantages = integrate_advantages(
+            verifier,
+            batch.scores,
+            batch.finished,
+            batch.groups,
+            tau=self_reward.tau,
+            min_std=self_reward.min_std,
+        )
+
+
+def mixes(self_reward: SelfRewardConfig, step: int) -> bool:
+    """Whether self-reward advantages are mixed in at a step."""
+    return integration_active(
+        step, self_reward.reasoning_warmup_steps, self_reward.warmup_steps, self_reward.tau
+    )
+
+
+def add_class_weights(batch: RolloutBatch) -> None:
+    """Fill in the class weights, from the finished sequences of the step on all ranks."""
+    local = list(zip(batch.rewards.tolist(), batch.finished.tolist(), strict=True))
+    everywhere = gather_over_ranks(local)
+    weights = class_weights(
+        torch.tensor([reward for reward, _ in everywhere]),
+        torch.tensor([finished for _, finished in everywhere]),
+    )
+    batch.class_weights = weights[rank() * len(batch) : (rank() + 1) * len(batch)]
+
+
+def step_totals(batch: RolloutBatch, num_micro_batches: int) -> StepTotals:
+    """The step's counts over all ranks."""
+    counts = sum_over_ranks(torch.tensor([int(batch.num_tokens.sum()), len(batch)]))
+    return StepTotals(int(counts[0]), int(counts[1]), num_micro_batches, world_size())

@@ -1,0 +1,187 @@
+"""What training and evaluation both need before any weight is loaded, with its checks."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from laser_pl.config import Config, FileData, HubData, ReasoningGymData
+from laser_pl.data.datasets import Splits, load_file, load_hub, load_reasoning_gym
+from laser_pl.data.problem import Problem, Prompt
+from laser_pl.data.template import PromptTemplate, encode_prompts
+from laser_pl.errors import UserError
+from laser_pl.logs.files import write_text_atomically
+from laser_pl.models.loading import eos_token_ids, load_tokenizer, resolve_path, resolve_token
+from laser_pl.reward.verifier import VerifierPool, resolve_verifier
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything of a run but the model's weights, checked.
+
+    Attributes:
+        tokenizer: the model's.
+        eos_ids: the tokens that end a response.
+        score_token_id: z_c.
+        train: training prompts; empty for an evaluation.
+        held_out: held-out prompts.
+        verifier: ready to verify; close it at the end.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    score_token_id: int
+    train: list[Prompt]
+    held_out: list[Prompt]
+    verifier: VerifierPool
+
+
+def prepare_inputs(config: Config, console: Console) -> Inputs:
+    """Load tokenizer and problems, resolve token and verifier.
+
+    Raises:
+        UserError: whatever of the input will not do.
+    """
+    verifier = resolve_verifier(config.verifier.target, config.verifier.arguments)
+    tokenizer = load_tokenizer(config.model)
+    eos_ids = eos_token_ids(tokenizer, config.model)
+    token_id = resolve_token(config.self_reward.token, tokenizer, eos_ids)
+    splits = load_problems(config)
+    data = config.data
+    template = PromptTemplate(tokenizer, data.template, data.instruction, data.system_prompt)
+    train = _encode(splits.train, template, config, "training", console)
+    held_out = _encode(splits.held_out, template, config, "held-out", console)
+    _check_token_is_unused(token_id, [*train, *held_out], config)
+    pool = VerifierPool(
+        verifier, config.verifier.timeout, config.verifier.num_workers, config.verifier.on_error
+    )
+    return Inputs(tokenizer, eos_ids, token_id, train, held_out, pool)
+
+
+def load_problems(config: Config) -> Splits:
+    """The problems that `data` names, in two parts that do not overlap.
+
+    Raises:
+        UserError: the source is not there, is broken, or has too few problems.
+    """
+    data = config.data
+    match data:
+        case ReasoningGymData():
+            return load_reasoning_gym(
+                data.name, data.params, data.num_train, data.num_held_out, config.seed
+            )
+        case FileData():
+            return load_file(
+                data.path,
+                data.problem_column,
+                data.answer_column,
+                data.num_train,
+                data.num_held_out,
+                data.held_out_path,
+                config.seed,
+            )
+        case HubData():
+            return load_hub(
+                data.name,
+                data.subset,
+                data.split,
+                data.held_out_split,
+                data.problem_column,
+                data.answer_column,
+                data.num_train,
+                data.num_held_out,
+                config.seed,
+            )
+
+
+def _encode(
+    problems: list[Problem],
+    template: PromptTemplate,
+    config: Config,
+    which: str,
+    console: Console,
+) -> list[Prompt]:
+    limit = config.data.max_prompt_tokens
+    prompts, num_dropped = encode_prompts(problems, template, limit)
+    if num_dropped:
+        console.print(
+            f"data: dropped {num_dropped} of {len(problems)} {which} problems: their prompts are "
+            f"longer than data.max_prompt_tokens = {limit}"
+        )
+    return prompts
+
+
+def _check_token_is_unused(token_id: int, prompts: list[Prompt], config: Config) -> None:
+    for prompt in prompts:
+        if token_id in prompt.token_ids:
+            raise UserError(
+                f"self_reward.token = {config.self_reward.token}: occurs in the prompt of problem "
+                f"{prompt.problem.index}; use a token that never occurs, such as a reserved one"
+            )
+
+
+def prepare_output_dir(config: Config) -> Path:
+    """Make the run's folder and put its config.yaml there.
+
+    Raises:
+        UserError: it holds another run, or cannot be written.
+    """
+    folder = Path(config.output_dir)
+    if config.resume != "auto" and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"output_dir = {folder}: already holds files, which are not overwritten; give a new "
+            "folder, or resume=auto to go on with the run in it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+        write_text_atomically(folder / "config.yaml", text)
+    except OSError as error:
+        raise UserError(f"output_dir = {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+def check_disk(config: Config) -> None:
+    """Refuse to start if the checkpoints and the trained model do not fit on the disk.
+
+    A checkpoint is the weights and AdamW's two moments; one more than are kept is there for a
+    moment.
+
+    Raises:
+        UserError: too little space is free.
+    """
+    weights = num_parameters(config) * (4 if config.model.dtype == "float32" else 2)
+    needed = weights * (3 * (config.checkpoint.keep_last + 1) + 1)
+    free = shutil.disk_usage(config.output_dir).free
+    if needed > free:
+        raise UserError(
+            f"output_dir = {config.output_dir}: {free / 1e9:.1f} GB are free, and "
+            f"{config.checkpoint.keep_last} checkpoints with the trained model take "
+            f"{needed / 1e9:.1f} GB; give another disk, or a smaller checkpoint.keep_last"
+        )
+
+
+def num_parameters(config: Config) -> int:
+    """Parameters of the model at `model.path`, from its config alone."""
+    model = config.model
+    try:
+        settings: Any = AutoConfig.from_pretrained(
+            resolve_path(model.path),
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(
+                settings, trust_remote_code=model.trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.path = {model.path}: cannot be loaded ({reason})") from None
+    return sum(parameter.numel() for parameter in empty.parameters())

@@ -1,0 +1,301 @@
+"""`task=train`: from a configuration to a trained model and a report."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import netrc
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from urllib.parse import urlparse
+
+import torch
+import transformers
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from rich.console import Console
+
+from laser_pl.config import Config, WandbConfig
+from laser_pl.data.datamodule import PromptDataModule
+from laser_pl.distributed import any_rank
+from laser_pl.evaluation.callback import EvaluationCallback
+from laser_pl.logs.callback import MetricsCallback
+from laser_pl.logs.metrics_file import MetricsFile
+from laser_pl.logs.progress import StepProgress
+from laser_pl.logs.samples import SamplesFile
+from laser_pl.models.loading import load_policy
+from laser_pl.report import write_report
+from laser_pl.rollout.callback import RolloutCallback
+from laser_pl.rollout.collect import Collector
+from laser_pl.rollout.engine import Sampling
+from laser_pl.rollout.hf_engine import HFEngine
+from laser_pl.setup import Inputs, check_disk, prepare_inputs, prepare_output_dir
+from laser_pl.training.checkpoint import FOLDER, CheckpointCallback, find_checkpoint
+from laser_pl.training.module import LaserModule
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def train(config: Config) -> int:
+    """Train the policy, and write model, metrics, samples, figures and summary to output_dir.
+
+    Returns:
+        The exit code: 0, 1 if too many steps were skipped, 130 if interrupted.
+    Raises:
+        UserError: whatever of the input will not do; before any weight is loaded where possible.
+    """
+    start = time.perf_counter()
+    quieten_libraries()
+    console = Console(quiet=not is_rank_zero(config))
+    checkpoint = find_checkpoint(config.resume, Path(config.output_dir))
+    folder = prepare_output_dir(config)
+    console.print(f"batch: {config.batch_equation()}", highlight=False)
+    inputs = prepare_inputs(config, console)
+    check_disk(config)
+    try:
+        run = _Run(config, inputs, folder, console)
+        return run.fit(checkpoint, start)
+    finally:
+        inputs.verifier.close()
+
+
+class _Run:
+    """The parts of a training run, put together."""
+
+    def __init__(self, config: Config, inputs: Inputs, folder: Path, console: Console) -> None:
+        seed_everything(config.seed, verbose=False)
+        if config.trainer.num_threads:
+            torch.set_num_threads(config.trainer.num_threads)
+        self.config, self.inputs, self.folder, self.console = config, inputs, folder, console
+        self.module = build_module(config, inputs)
+        self.data = PromptDataModule(
+            inputs.train,
+            inputs.held_out,
+            config.prompts_per_step,
+            config.num_micro_batches,
+            config.seed,
+        )
+        self.stop = StopCallback(config.trainer.max_bad_steps)
+        self.callbacks = self._callbacks()
+        self.trainer = Trainer(
+            accelerator=config.trainer.accelerator,
+            devices=config.trainer.devices,
+            num_nodes=config.trainer.num_nodes,
+            strategy=config.strategy.name,
+            precision=config.trainer.precision,
+            max_epochs=config.max_steps,
+            accumulate_grad_batches=config.num_micro_batches,
+            gradient_clip_val=config.trainer.gradient_clip,
+            callbacks=self.callbacks,
+            logger=build_logger(config, folder),
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+            num_sanity_val_steps=0,
+        )
+
+    def fit(self, checkpoint: Path | None, start: float) -> int:
+        """Train to the end, or until something stops the run, and write the report."""
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(self.config.model_dump(mode="json", by_alias=True))
+        if checkpoint is not None:
+            self.console.print(f"resume: going on from {checkpoint}", highlight=False)
+            self._truncate_logs(int(checkpoint.stem.split("-")[-1]))
+        with self.stop.graceful_interrupt():
+            try:
+                self.trainer.fit(
+                    self.module, self.data, ckpt_path=checkpoint, weights_only=True
+                )
+            except SystemExit:  # Lightning's answer to a KeyboardInterrupt
+                self.stop.interrupted = True
+        if self.trainer.is_global_zero:
+            self._report(time.perf_counter() - start)
+        if self.stop.diverged:
+            self.console.print(
+                f"error: stopped after {self.module.num_bad_steps} steps whose loss or gradient was "
+                "not finite (trainer.max_bad_steps); a lower optimizer.lr may do",
+                style="red",
+            )
+            return EXIT_FAILED
+        return EXIT_INTERRUPTED if self.stop.interrupted else 0
+
+    def _callbacks(self) -> list[Callback]:
+        config, inputs = self.config, self.inputs
+        main = not self.console.quiet
+        samples = SamplesFile(self.folder / "samples.jsonl") if main else None
+        metrics = MetricsFile(self.folder / "metrics.csv") if main else None
+        collector = build_collector(config, inputs, self.module)
+        self.rollout = RolloutCallback(collector, config, samples)
+        self.evaluation = EvaluationCallback(
+            collector, config, samples, self.console if main else None
+        )
+        # In the order of a step: the bar reads the metrics, the metrics callback writes them out.
+        return [
+            self.rollout,
+            self.evaluation,
+            StepProgress(self.console, every_n_steps=max(1, config.max_steps // 50)),
+            MetricsCallback(metrics),
+            self.stop,
+            CheckpointCallback(
+                self.folder / FOLDER, config.checkpoint.every_n_steps, config.checkpoint.keep_last
+            ),
+        ]
+
+    def _truncate_logs(self, step: int) -> None:
+        if not self.console.quiet:
+            MetricsFile(self.folder / "metrics.csv").truncate_after(step)
+            SamplesFile(self.folder / "samples.jsonl").truncate_after(step)
+
+    def _report(self, total_s: float) -> None:
+        write_report(
+            self.config,
+            self.module,
+            self.inputs,
+            before=self.evaluation.before,
+            after=self.evaluation.after,
+            folder=self.folder,
+            console=self.console,
+            steps=self.trainer.current_epoch,
+            interrupted=self.stop.interrupted,
+            time_s={
+                "calibrate": self.rollout.calibrate_s,
+                "evaluate": self.evaluation.evaluate_s,
+                "total": total_s,
+            },
+        )
+
+
+class StopCallback(Callback):
+    """Ends the run after a step: on Ctrl-C, or when too many steps had to be skipped.
+
+    Args:
+        max_bad_steps: steps with a loss or gradient that is not finite that a run may have.
+    """
+
+    def __init__(self, max_bad_steps: int) -> None:
+        self.max_bad_steps = max_bad_steps
+        self.interrupted = False
+        self.diverged = False
+        self._in_steps = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on an interrupt waits for the end of the step."""
+        self._in_steps = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop if it was asked for; the checkpoint callback comes after this one and saves."""
+        if isinstance(pl_module, LaserModule):
+            self.diverged = pl_module.num_bad_steps > self.max_bad_steps
+        self.interrupted = any_rank(self.interrupted)
+        if self.interrupted or self.diverged:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on an interrupt ends the run at once."""
+        self._in_steps = False
+
+    @contextmanager
+    def graceful_interrupt(self) -> Iterator[None]:
+        """Let Ctrl-C finish the step and save; a second one, or one outside steps, ends at once."""
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            if self.interrupted or not self._in_steps:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            self.interrupted = True
+            print("\ninterrupted: finishing this step, then saving; again to stop at once")
+
+        previous = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def build_module(config: Config, inputs: Inputs) -> LaserModule:
+    """The module with the policy's weights, and the reference's only if something uses them."""
+    policy = load_policy(config.model)
+    needs_reference = config.algorithm.kl_coef > 0 or config.self_reward.c_ref == "model"
+    return LaserModule(
+        policy,
+        copy.deepcopy(policy) if needs_reference else None,
+        inputs.score_token_id,
+        config.algorithm,
+        config.self_reward,
+        config.optimizer,
+        config.rollout.temperature,
+        config.max_steps,
+        config.trainer.max_bad_steps,
+    )
+
+
+def build_collector(config: Config, inputs: Inputs, module: LaserModule) -> Collector:
+    """The engine on the module's policy, and the verifier behind it."""
+    engine = HFEngine(
+        module.policy,
+        inputs.eos_ids,
+        int(inputs.tokenizer.pad_token_id),
+        inputs.score_token_id,
+        config.rollout.max_sequences,
+    )
+    settings = config.rollout
+    sampling = Sampling(settings.max_response_tokens, settings.temperature, settings.top_p)
+    return Collector(engine, inputs.verifier, inputs.tokenizer, sampling)
+
+
+def build_logger(config: Config, folder: Path) -> Logger | bool:
+    """The configured logger; wandb is offline where there is no key."""
+    settings = config.logger
+    if isinstance(settings, WandbConfig):
+        return WandbLogger(
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name,
+            group=settings.group,
+            tags=settings.tags,
+            save_dir=folder,
+            offline=not has_wandb_key(),
+            settings={"silent": True},
+        )
+    if settings.kind == "tensorboard":
+        return TensorBoardLogger(folder, name="tensorboard", version="")
+    return False
+
+
+def has_wandb_key() -> bool:
+    """Whether wandb may go online: a key in the environment or in netrc, and WANDB_MODE allows it."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def is_rank_zero(config: Config) -> bool:
+    """Whether this process is the one that writes and prints, before a process group exists."""
+    ranks = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in ranks) or config.num_ranks == 1
+
+
+def quieten_libraries() -> None:
+    """Keep the libraries' chatter off the terminal; their errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="lightning")
+

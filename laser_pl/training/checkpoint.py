@@ -1,0 +1,91 @@
+"""Checkpoints of a run, and the folder of the trained model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from laser_pl.errors import UserError
+from laser_pl.logs.files import write_json_atomically
+
+FOLDER = "checkpoints"
+
+
+class CheckpointCallback(Callback):
+    """Saves every few steps, at the end, and when the run is stopped; keeps the last few.
+
+    Lightning writes a checkpoint under a temporary name and renames it.
+
+    Args:
+        folder: where the files step-000050.ckpt go.
+        every_n_steps: 0 saves only at the end.
+        keep_last: checkpoints that are kept.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int, keep_last: int) -> None:
+        self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.keep_last = keep_last
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save when it is time, or when the run is about to end."""
+        step = trainer.current_epoch + 1
+        due = self.every_n_steps and step % self.every_n_steps == 0
+        if due or trainer.should_stop or step == trainer.max_epochs:
+            trainer.save_checkpoint(self.folder / f"step-{step:06d}.ckpt")
+            if trainer.is_global_zero:
+                for old in list_checkpoints(self.folder)[: -self.keep_last]:
+                    old.unlink()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-*.ckpt"))
+
+
+def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, None to start anew.
+
+    Args:
+        resume: null, auto (the newest of output_dir, if there is one), or a path.
+        output_dir: of the run.
+    Raises:
+        UserError: the path does not exist.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        found = list_checkpoints(output_dir / FOLDER)
+        return found[-1] if found else None
+    path = Path(resume)
+    if not path.is_file():
+        raise UserError(f"resume = {resume}: no such checkpoint; give a .ckpt file, or auto")
+    return path
+
+
+def export_model(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    self_reward: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write an ordinary Hugging Face folder, plus self_reward.json, whole or not at all.
+
+    Args:
+        policy: the trained model.
+        tokenizer: its tokenizer.
+        self_reward: token, token_id, beta, c_ref and threshold: what reads the score.
+        folder: is replaced if it is there.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_json_atomically(partial / "self_reward.json", self_reward)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)

@@ -1,0 +1,261 @@
+"""The LightningModule: the policy, the frozen reference, and the loss of a micro-batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from laser_pl.algorithm import (
+    aggregate,
+    clipped_policy_loss,
+    kl_estimate,
+    self_reward_loss,
+    self_reward_loss_active,
+    self_reward_score,
+)
+from laser_pl.config import AlgorithmConfig, OptimizerConfig, SelfRewardConfig
+from laser_pl.distributed import sum_over_ranks
+from laser_pl.rollout.batch import RolloutBatch
+from laser_pl.training.forward import ForwardOutput, response_forward
+
+_MEASURED = ("c_ref", "c_ref_std", "num_bad_steps", "num_tokens")
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts of the whole step over all ranks: what every mean of the loss is divided by.
+
+    Attributes:
+        num_tokens: response tokens.
+        num_sequences: N, truncated sequences included.
+        num_micro_batches: of one rank.
+        num_ranks: processes.
+    """
+
+    num_tokens: int
+    num_sequences: int
+    num_micro_batches: int
+    num_ranks: int
+
+
+class LaserModule(LightningModule):
+    """Policy, frozen reference and loss; Lightning accumulates, clips and updates.
+
+    Args:
+        policy: the model that is trained.
+        reference: its frozen snapshot, or None if neither the KL term nor c_ref = model needs it.
+        score_token_id: z_c.
+        algorithm: clipping, aggregation, KL.
+        self_reward: alpha, beta, c_ref and the warm-ups.
+        optimizer: AdamW and its schedule.
+        temperature: of the rollouts; the log-probs are of the distribution sampled from.
+        max_steps: steps of the run, for the schedule.
+        max_bad_steps: steps with a gradient that is not finite before the run is to stop.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        score_token_id: int,
+        algorithm: AlgorithmConfig,
+        self_reward: SelfRewardConfig,
+        optimizer: OptimizerConfig,
+        temperature: float,
+        max_steps: int,
+        max_bad_steps: int,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # the reference is not in checkpoints
+        self.policy = policy
+        self.reference = reference.requires_grad_(False) if reference else None
+        self.score_token_id = score_token_id
+        self.algorithm = algorithm
+        self.self_reward = self_reward
+        self.optimizer_config = optimizer
+        self.temperature = temperature
+        self.max_steps = max_steps
+        self.max_bad_steps = max_bad_steps
+        # Measured before the first update; a constant in the configuration takes c_ref's place.
+        self.c_ref = math.nan
+        self.c_ref_std = math.nan
+        self.num_bad_steps = 0
+        self.num_tokens = 0  # response tokens trained on, over all ranks
+        self.totals: StepTotals | None = None
+        self.step_metrics: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def step(self) -> int:
+        """The current step, from 1: one Lightning epoch is one step."""
+        return self.current_epoch + 1
+
+    def forward(self, batch: RolloutBatch) -> ForwardOutput:
+        """Response log-probs and the score token's log-prob under the policy."""
+        return response_forward(self.policy, batch, self.score_token_id, self.temperature)
+
+    @torch.no_grad()
+    def reference_forward(self, batch: RolloutBatch) -> ForwardOutput:
+        """The same under the frozen reference, without gradient."""
+        if self.reference is None:
+            raise RuntimeError("the configuration keeps no reference")
+        self.reference.eval()
+        return response_forward(self.reference, batch, self.score_token_id, self.temperature)
+
+    def begin_step(self, totals: StepTotals) -> None:
+        """Take the step's counts, before its first micro-batch."""
+        self.totals = totals
+        self.num_tokens += totals.num_tokens
+        self._sums = {}
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+        """The loss of a micro-batch, so scaled that the step's gradient is that of the whole step."""
+        if self.totals is None:
+            raise RuntimeError("training_step before begin_step")
+        totals = self.totals
+        output = self(batch)
+        # One update a rollout batch: the policy that sampled is the current one.
+        policy_loss = clipped_policy_loss(
+            output.logprobs,
+            output.logprobs.detach(),
+            batch.advantages,
+            batch.response_mask,
+            clip_low=self.algorithm.clip_low,
+            clip_high=self.algorithm.clip_high,
+            dual_clip=self.algorithm.dual_clip,
+            aggregation=self.algorithm.aggregation,
+            normalizer=self._normalizer(totals),
+        )
+        judge_loss = self._self_reward_loss(output, batch, totals)
+        loss = policy_loss.loss
+        if self.self_reward_active:
+            loss = loss + self.self_reward.alpha * judge_loss
+        if self.algorithm.kl_coef > 0:
+            kl_loss = self._kl_loss(output, batch, totals)
+            loss = loss + self.algorithm.kl_coef * kl_loss
+            self._add("train/kl_loss", kl_loss)
+        self._add("train/loss", loss)
+        self._add("train/policy_loss", policy_loss.loss)
+        self._add("train/self_reward_loss", judge_loss)
+        share = batch.response_mask.sum() / totals.num_tokens
+        self._add("train/clip_fraction", policy_loss.clip_fraction * share)
+        self._add("train/dual_clip_fraction", policy_loss.dual_clip_fraction * share)
+        self._add("train/approx_kl", policy_loss.approx_kl * share)
+        self._add("train/entropy", output.entropy.sum() / totals.num_tokens)
+        gap = (output.logprobs.detach() - batch.rollout_logprobs).abs()
+        self._add("rollout/logprob_gap_mean", gap.sum() / totals.num_tokens)
+        # Lightning takes the mean over micro-batches, DDP and DeepSpeed over ranks; the normalizers
+        # are of the whole step already.
+        return loss * totals.num_micro_batches * totals.num_ranks
+
+    def finish_step(self) -> None:
+        """Add the ranks' sums to the step's metrics, after its update."""
+        names = sorted(self._sums)
+        sums = sum_over_ranks(torch.stack([self._sums[name] for name in names]))
+        self.step_metrics.update(zip(names, sums.tolist(), strict=True))
+        self.step_metrics["train/bad_steps"] = self.num_bad_steps
+        self.step_metrics["train/num_tokens"] = self.num_tokens
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the policy, and its schedule a step."""
+        settings = self.optimizer_config
+        optimizer = torch.optim.AdamW(
+            [p for p in self.policy.parameters() if p.requires_grad],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(settings, step, self.max_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient norm; a gradient that is not finite makes the update skip the step."""
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        self.step_metrics["train/grad_norm"] = float(norm)
+        self.step_metrics["train/lr"] = optimizer.param_groups[0]["lr"]
+        if not math.isfinite(float(norm)):
+            # AdamW leaves a parameter without a gradient as it is, its moments included.
+            optimizer.zero_grad(set_to_none=True)
+            self.num_bad_steps += 1
+
+    def transfer_batch_to_device(
+        self, batch: RolloutBatch, device: torch.device, dataloader_idx: int
+    ) -> RolloutBatch:
+        """Move a micro-batch without a cast: advantages and log-probs stay float32."""
+        return batch.to(device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the run has measured; the reference is loaded from its model again."""
+        state = checkpoint["state_dict"]
+        for key in [key for key in state if key.startswith("reference.")]:
+            del state[key]
+        checkpoint["laser"] = {name: getattr(self, name) for name in _MEASURED}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up c_ref and the count of bad steps again."""
+        for name in _MEASURED:
+            setattr(self, name, checkpoint["laser"][name])
+
+    @property
+    def self_reward_active(self) -> bool:
+        """Whether the self-reward loss counts at the current step."""
+        warmup = self.self_reward.reasoning_warmup_steps
+        return self.self_reward.alpha > 0 and self_reward_loss_active(self.step, warmup)
+
+    def _self_reward_loss(
+        self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals
+    ) -> Tensor:
+        scores = self_reward_score(output.token_logprob, batch.c_ref, self.self_reward.beta)
+        weights = batch.class_weights if self.self_reward.balanced else None
+        return self_reward_loss(
+            scores, batch.rewards, batch.finished, weights, normalizer=totals.num_sequences
+        )
+
+    def _kl_loss(self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals) -> Tensor:
+        kl = kl_estimate(output.logprobs, batch.reference_logprobs, self.algorithm.kl_kind)
+        return aggregate(
+            kl, batch.response_mask, self.algorithm.aggregation, self._normalizer(totals)
+        )
+
+    def _normalizer(self, totals: StepTotals) -> int:
+        by_token = self.algorithm.aggregation == "token_mean"
+        return totals.num_tokens if by_token else totals.num_sequences
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+def lr_factor(settings: OptimizerConfig, step: int, max_steps: int) -> float:
+    """The learning rate's factor at an update, `step` counted from 0.
+
+    Rises linearly over warmup_steps (the first update already moves), then is constant or falls to
+    0 at max_steps, linearly or as a half cosine.
+    """
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - settings.warmup_steps) / max(1, max_steps - settings.warmup_steps)
+    if settings.schedule == "linear":
+        return max(0.0, 1.0 - done)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))

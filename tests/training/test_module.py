@@ -1,0 +1,185 @@
+"""The module's loss is the step's, whatever the micro-batches; bad gradients change nothing."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from laser_pl.algorithm import clipped_policy_loss, self_reward_loss
+from laser_pl.config import Config
+from laser_pl.rollout.batch import RolloutBatch, pad_rollouts
+from laser_pl.rollout.engine import Rollout
+from laser_pl.rollout.scoring import add_advantages, add_class_weights, step_totals
+from laser_pl.training.module import LaserModule, lr_factor
+
+SCORE_TOKEN = 2
+
+
+def make_batch(num_groups: int = 4, seed: int = 0) -> RolloutBatch:
+    """Rollouts of 4 a group with random lengths; about a quarter truncated."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    prompts = [tuple(draw(5, 100, length)) for length in draw(2, 7, num_groups)]
+    rollouts = []
+    for row, length in enumerate(draw(1, 9, 4 * num_groups)):
+        ids = draw(5, 100, length)
+        if row % 4:
+            ids[-1] = 1
+        logprobs = (0.0,) * length
+        rollouts.append(Rollout(row // 4, tuple(ids), logprobs, ids[-1] == 1, -11.0))
+    batch = pad_rollouts(rollouts, prompts, pad_token_id=0)
+    batch.rewards = torch.tensor(draw(0, 2, len(batch)), dtype=torch.float32)
+    batch.c_ref = torch.full((len(batch),), -10.0)
+    return batch
+
+
+def make_module(model, config: Config, max_steps: int = 10) -> LaserModule:
+    module = LaserModule(
+        model, None, SCORE_TOKEN, config.algorithm, config.self_reward, config.optimizer,
+        temperature=1.0, max_steps=max_steps, max_bad_steps=1,
+    )  # fmt: skip
+    return module
+
+
+def prepared(config: Config) -> RolloutBatch:
+    batch = make_batch()
+    add_advantages(batch, config.algorithm, config.self_reward, step=1)
+    add_class_weights(batch)
+    return batch
+
+
+def step_gradient(module: LaserModule, parts: list[RolloutBatch], batch: RolloutBatch) -> Tensor:
+    """The gradient as Lightning accumulates it: the mean over micro-batches."""
+    module.zero_grad()
+    module.begin_step(step_totals(batch, len(parts)))
+    for index, part in enumerate(parts):
+        (module.training_step(part, index) / len(parts)).backward()
+    return torch.cat([p.grad.flatten() for p in module.policy.parameters()])
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+def test_the_gradient_does_not_depend_on_the_micro_batch_size(
+    make_model, compose_config, algorithm, size
+):
+    config = compose_config(f"algorithm={algorithm}", "self_reward.alpha=0.5")
+    module = make_module(make_model(), config)
+    batch = prepared(config)
+    whole = step_gradient(module, [batch], batch)
+    parts = step_gradient(module, batch.micro_batches(size), batch)
+    assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
+
+
+def test_the_gradient_does_not_depend_on_the_order_of_the_sequences(make_model, compose_config):
+    config = compose_config("self_reward.alpha=0.5")
+    module = make_module(make_model().double(), config)
+    batch = prepared(config)
+    shuffled = batch.select(torch.randperm(len(batch), generator=torch.Generator().manual_seed(1)))
+    first = step_gradient(module, [batch], batch)
+    second = step_gradient(module, shuffled.micro_batches(4), shuffled)
+    assert torch.allclose(first, second, rtol=1e-6, atol=1e-9)
+
+
+def test_the_loss_is_policy_loss_plus_alpha_times_self_reward_loss(make_model, compose_config):
+    config = compose_config("self_reward.alpha=0.3", "self_reward.beta=0.4")
+    module = make_module(make_model().double(), config)
+    batch = prepared(config)
+    module.begin_step(step_totals(batch, 1))
+    loss = module.training_step(batch, 0)
+    output = module(batch)
+    policy = clipped_policy_loss(
+        output.logprobs, output.logprobs.detach(), batch.advantages, batch.response_mask
+    ).loss
+    scores = 0.4 * (output.token_logprob - batch.c_ref)
+    judge = self_reward_loss(scores, batch.rewards, batch.finished, batch.class_weights)
+    assert float(loss) == pytest.approx(float(policy + 0.3 * judge), rel=1e-9)
+    assert float(judge) > 0
+
+
+def test_the_self_reward_loss_waits_for_its_warm_up(make_model, compose_config):
+    model = make_model().double()
+    waiting = compose_config("self_reward.reasoning_warmup_steps=1")
+    off = compose_config("self_reward=off")
+    batch = prepared(off)
+    gradients = [
+        step_gradient(make_module(model, config), [batch], batch) for config in (waiting, off)
+    ]
+    assert torch.equal(*gradients)
+
+
+def test_the_kl_term_pulls_with_the_gradient_of_k3(make_model, compose_config):
+    config = compose_config("self_reward=off", "algorithm.kl_coef=0.7")
+    module = make_module(make_model().double(), config)
+    batch = prepared(config)
+    batch.advantages = torch.zeros(len(batch))
+    batch.reference_logprobs = torch.where(batch.response_mask, -3.0, 0.0).double()
+    gradient = step_gradient(module, [batch], batch)
+    module.zero_grad()
+    difference = batch.reference_logprobs - module(batch).logprobs
+    kl = (difference.exp() - difference - 1)[batch.response_mask].clamp(-10, 10)
+    (0.7 * kl.mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in module.policy.parameters()])
+    assert torch.allclose(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(
+    make_model, compose_config
+):
+    module = make_module(make_model(), compose_config())
+    optimizer = module.configure_optimizers()["optimizer"]
+    parameters = list(module.policy.parameters())
+    for value in (1.0, math.nan, math.inf):
+        before = [p.clone() for p in parameters]
+        moments = {p: optimizer.state[p]["exp_avg"].clone() for p in parameters if value != 1.0}
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        parameters[0].grad.view(-1)[0] = value
+        module.configure_gradient_clipping(optimizer, 1.0)
+        optimizer.step()
+        same = all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+        assert same == (value != 1.0)
+        for parameter, moment in moments.items():
+            assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
+    assert module.num_bad_steps == 2
+
+
+def test_the_gradient_norm_is_clipped_and_logged_as_it_was(make_model, compose_config):
+    module = make_module(make_model(), compose_config())
+    optimizer = module.configure_optimizers()["optimizer"]
+    for parameter in module.policy.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    number = sum(p.numel() for p in module.policy.parameters())
+    module.configure_gradient_clipping(optimizer, 1.0)
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in module.policy.parameters()))
+    assert norm == pytest.approx(1.0, rel=1e-3)
+    assert module.step_metrics["train/grad_norm"] == pytest.approx(math.sqrt(number), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_learning_rate_schedules(compose_config, schedule, expected):
+    settings = compose_config(
+        f"optimizer.schedule={schedule}", "optimizer.warmup_steps=2"
+    ).optimizer
+    assert [lr_factor(settings, step, 6) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_micro_batches_reach_the_module_in_float32_under_bf16(make_model, compose_config):
+    trainer = Trainer(
+        accelerator="cpu", precision="bf16-true", logger=False, enable_checkpointing=False
+    )
+    module = make_module(make_model(), compose_config())
+    trainer.strategy.connect(module)
+    moved = trainer.strategy.precision_plugin.convert_input(make_batch())
+    assert moved.rewards.dtype == torch.float32
