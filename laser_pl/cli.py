@@ -11,10 +11,12 @@ from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
+    OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,12 +38,15 @@ def config_dir() -> Path:
 def main() -> None:
     """Compose the configuration from the command line and run its task; ends the process."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    sys.argv[1:] = [open_mapping(argument) for argument in sys.argv[1:]]
     exit_codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def job(composed: DictConfig) -> None:
         # Caught here, so that the other jobs of a multirun go on and Hydra prints nothing of its own.
         try:
+            # Hydra's own folder: that of the job in a multirun, that of rank 0 in its child processes.
+            composed.output_dir = HydraConfig.get().runtime.output_dir
             exit_codes.append(run_task(to_config(composed)))
         except (UserError, OmegaConfBaseException) as error:
             exit_codes.append(_tell(explain(error)))
@@ -53,6 +58,11 @@ def main() -> None:
     except KeyboardInterrupt:
         exit_codes.append(EXIT_INTERRUPTED)
     sys.exit(max(exit_codes, default=0))
+
+
+def open_mapping(argument: str) -> str:
+    """Let `data.params.x=1` add a key: what these mappings hold is not known to the files."""
+    return f"++{argument}" if re.match(r"(data\.params|verifier\.arguments)[.=]", argument) else argument
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -92,9 +102,15 @@ def explain(error: Exception) -> str:
         options = [str(option) for option in error.options or []]
         near = suggestion(choice, set(options))
         return f"{group} = {choice}: no such choice of {', '.join(options)}{near}"
-    key = _override_key(text)
-    if isinstance(error, ConfigCompositionException) and key:
-        return f"{key}: unknown key{suggestion(key, _default_keys())}"
+    if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        return (
+            f"{error.override}: cannot be read; a value with special characters needs quotes of its "
+            f"own inside the shell's: \"{key}='{value}'\""
+        )
+    unknown = _override_key(text)
+    if isinstance(error, ConfigCompositionException) and unknown:
+        return f"{unknown}: unknown key{suggestion(unknown, _default_keys())}"
     return " ".join(text.splitlines()[0].split())
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from laser_pl.algorithm.self_reward import partition_excess
 from laser_pl.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -104,6 +105,7 @@ class AlgorithmConfig(Section):
 
 
 class SelfRewardConfig(Section):
+    enabled: bool
     alpha: float = Field(ge=0)
     beta: float = Field(gt=0)
     tau: Fraction
@@ -113,6 +115,11 @@ class SelfRewardConfig(Section):
     balanced: bool
     reasoning_warmup_steps: Count
     warmup_steps: Count
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the score is trained at all; if it is not, it is not mixed in either."""
+        return self.enabled and self.alpha > 0
 
     @model_validator(mode="after")
     def _beta_fits_a_constant_c_ref(self) -> SelfRewardConfig:
@@ -275,8 +282,12 @@ def validate(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(dict(item), raw) for item in error.errors(include_url=False)]
-        raise UserError("\n".join(lines)) from None
+        lines: dict[str, str] = {}
+        for item in error.errors(include_url=False):
+            key, problem = _explain(dict(item), raw)
+            # A union reports each of its members; they make one line.
+            lines[key] = f"{lines[key]}, or {problem.removeprefix('must be ')}" if key in lines else problem
+        raise UserError("\n".join(f"{k}{': ' if k else ''}{p}" for k, p in lines.items())) from None
 
 
 def check_partition_excess(c_ref: float, beta: float) -> None:
@@ -289,12 +300,11 @@ def check_partition_excess(c_ref: float, beta: float) -> None:
         ValueError: Z - 1 at reward 1 exceeds `MAX_PARTITION_EXCESS`.
     Source: LaSeR, arXiv 2510.14943: Z = 1 + pi_ref(z_c) * (exp(r_v / beta) - 1).
     """
-    log_excess = c_ref + 1 / beta + math.log(-math.expm1(-1 / beta))
-    if log_excess > math.log(MAX_PARTITION_EXCESS):
-        excess = f"{math.exp(log_excess):.3g}" if log_excess < 700 else f"exp({log_excess:.0f})"
+    excess = partition_excess(c_ref, beta)
+    if excess > MAX_PARTITION_EXCESS:
         raise ValueError(
             f"self_reward.beta = {beta:g} does not fit a token with c_ref = {c_ref:.2f}: Z - 1 = "
-            f"{excess} exceeds {MAX_PARTITION_EXCESS}; {_what_would_fit(c_ref, beta)}"
+            f"{excess:.3g} exceeds {MAX_PARTITION_EXCESS}; {_what_would_fit(c_ref, beta)}"
         )
 
 
@@ -309,22 +319,24 @@ def _what_would_fit(c_ref: float, beta: float) -> str:
     return f"self_reward.beta={smallest:g} or {token} would fit"
 
 
-def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> str:
-    """One pydantic error as `key = value: what is wrong`."""
+def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> tuple[str, str]:
+    """One pydantic error as `key` or `key = value`, and what is wrong with it."""
     location = [str(part) for part in item["loc"]]
     if len(location) > 1 and location[0] in ("data", "logger"):
         del location[1]  # pydantic puts the name of the union's member here
-    location = [part for part in location if part not in ("int", "str", "float")]
-    location = [part for part in location if not part.startswith(("literal[", "constrained-"))]
-    key = ".".join(location)
+    key = ".".join(part for part in location if not part.startswith(_UNION_MEMBERS))
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{suggestion(key, known_keys(raw) - {key})}"
+        return key, "unknown key" + suggestion(key, known_keys(raw) - {key})
     if item["type"] == "missing":
-        return f"{key}: missing; give it a value"
+        return key, "missing; give it a value"
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
+        return "", str(item["ctx"]["error"])
     message = item["msg"].replace("Input should be", "must be", 1)
-    return f"{key} = {item['input']!r}: {message}"
+    return f"{key} = {item['input']!r}", message
+
+
+# What pydantic appends to a key to say which member of a union it tried.
+_UNION_MEMBERS = ("int", "str", "float", "literal[", "constrained-", "nullable")
 
 
 def known_keys(tree: Mapping[str, Any], prefix: str = "") -> set[str]:

@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 
-from laser_pl.config import Config, WandbConfig
+from laser_pl.config import Config
 from laser_pl.data.datamodule import PromptDataModule
 from laser_pl.distributed import any_rank
 from laser_pl.evaluation.callback import EvaluationCallback
@@ -36,7 +36,7 @@ from laser_pl.rollout.collect import Collector
 from laser_pl.rollout.engine import Sampling
 from laser_pl.rollout.hf_engine import HFEngine
 from laser_pl.setup import Inputs, check_disk, prepare_inputs, prepare_output_dir
-from laser_pl.training.checkpoint import FOLDER, CheckpointCallback, find_checkpoint
+from laser_pl.training.checkpoint import FOLDER, CheckpointCallback, find_checkpoint, step_of
 from laser_pl.training.module import LaserModule
 
 EXIT_FAILED = 1
@@ -55,13 +55,14 @@ def train(config: Config) -> int:
     quieten_libraries()
     console = Console(quiet=not is_rank_zero(config))
     checkpoint = find_checkpoint(config.resume, Path(config.output_dir))
-    folder = prepare_output_dir(config)
+    folder = Path(config.output_dir)
+    if is_rank_zero(config):
+        prepare_output_dir(config)
     console.print(f"batch: {config.batch_equation()}", highlight=False)
     inputs = prepare_inputs(config, console)
     check_disk(config)
     try:
-        run = _Run(config, inputs, folder, console)
-        return run.fit(checkpoint, start)
+        return _Run(config, inputs, folder, console, checkpoint).fit(start)
     finally:
         inputs.verifier.close()
 
@@ -69,11 +70,19 @@ def train(config: Config) -> int:
 class _Run:
     """The parts of a training run, put together."""
 
-    def __init__(self, config: Config, inputs: Inputs, folder: Path, console: Console) -> None:
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        folder: Path,
+        console: Console,
+        checkpoint: Path | None,
+    ) -> None:
         seed_everything(config.seed, verbose=False)
         if config.trainer.num_threads:
             torch.set_num_threads(config.trainer.num_threads)
         self.config, self.inputs, self.folder, self.console = config, inputs, folder, console
+        self.checkpoint = checkpoint
         self.module = build_module(config, inputs)
         self.data = PromptDataModule(
             inputs.train,
@@ -103,17 +112,16 @@ class _Run:
             num_sanity_val_steps=0,
         )
 
-    def fit(self, checkpoint: Path | None, start: float) -> int:
+    def fit(self, start: float) -> int:
         """Train to the end, or until something stops the run, and write the report."""
         for logger in self.trainer.loggers:
             logger.log_hyperparams(self.config.model_dump(mode="json", by_alias=True))
-        if checkpoint is not None:
-            self.console.print(f"resume: going on from {checkpoint}", highlight=False)
-            self._truncate_logs(int(checkpoint.stem.split("-")[-1]))
+        if self.checkpoint is not None:
+            self.console.print(f"resume: going on from {self.checkpoint}", highlight=False)
         with self.stop.graceful_interrupt():
             try:
                 self.trainer.fit(
-                    self.module, self.data, ckpt_path=checkpoint, weights_only=True
+                    self.module, self.data, ckpt_path=self.checkpoint, weights_only=True
                 )
             except SystemExit:  # Lightning's answer to a KeyboardInterrupt
                 self.stop.interrupted = True
@@ -133,6 +141,11 @@ class _Run:
         main = not self.console.quiet
         samples = SamplesFile(self.folder / "samples.jsonl") if main else None
         metrics = MetricsFile(self.folder / "metrics.csv") if main else None
+        if self.checkpoint is not None:
+            # What the interrupted run wrote after its checkpoint is about to be made again.
+            for file in (samples, metrics):
+                if file is not None:
+                    file.truncate_after(step_of(self.checkpoint))
         collector = build_collector(config, inputs, self.module)
         self.rollout = RolloutCallback(collector, config, samples)
         self.evaluation = EvaluationCallback(
@@ -149,11 +162,6 @@ class _Run:
                 self.folder / FOLDER, config.checkpoint.every_n_steps, config.checkpoint.keep_last
             ),
         ]
-
-    def _truncate_logs(self, step: int) -> None:
-        if not self.console.quiet:
-            MetricsFile(self.folder / "metrics.csv").truncate_after(step)
-            SamplesFile(self.folder / "samples.jsonl").truncate_after(step)
 
     def _report(self, total_s: float) -> None:
         write_report(
@@ -253,22 +261,25 @@ def build_collector(config: Config, inputs: Inputs, module: LaserModule) -> Coll
 
 
 def build_logger(config: Config, folder: Path) -> Logger | bool:
-    """The configured logger; wandb is offline where there is no key."""
+    """The configured logger, on rank 0; wandb is offline where there is no key."""
     settings = config.logger
-    if isinstance(settings, WandbConfig):
-        return WandbLogger(
-            project=settings.project,
-            entity=settings.entity,
-            name=settings.name,
-            group=settings.group,
-            tags=settings.tags,
-            save_dir=folder,
-            offline=not has_wandb_key(),
-            settings={"silent": True},
-        )
+    if not is_rank_zero(config) or settings.kind == "csv":
+        return False
     if settings.kind == "tensorboard":
         return TensorBoardLogger(folder, name="tensorboard", version="")
-    return False
+    import wandb
+
+    run = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=settings.name,
+        group=settings.group,
+        tags=settings.tags,
+        dir=folder,
+        mode="online" if has_wandb_key() else "offline",
+        settings=wandb.Settings(silent=True),
+    )
+    return WandbLogger(experiment=run)
 
 
 def has_wandb_key() -> bool:

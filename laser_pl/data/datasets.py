@@ -139,6 +139,8 @@ def _draw_distinct(
 ) -> list[Problem]:
     """Draw `count` problems whose texts are not in `seen`; adds them to it."""
     problems: list[Problem] = []
+    if count == 0:
+        return problems
     draws = 0
     for entry in _entries(name, params, split, count, seed):
         draws += 1
@@ -152,8 +154,6 @@ def _draw_distinct(
         problems.append(Problem(len(problems), entry["question"], answer, metadata))
         if len(problems) == count:
             return problems
-    if count == 0:
-        return problems
     raise UserError(
         f"data.num_{split} = {count}: {draws} draws from {name} with these parameters gave only "
         f"{len(problems)} new problems ({len(seen)} distinct ones in all); ask for fewer with "
@@ -171,7 +171,7 @@ def _entries(
     for draw in range(MAX_DRAWS):
         # Entry i comes from the dataset's seed + i, so that seeds must lie far apart.
         draw_seed = random.Random(f"{seed}/{split}/{draw}").getrandbits(31)
-        task = create_task(name, params, max(size, 1), draw_seed)
+        task = create_task(name, params, size, draw_seed)
         for index in range(size):
             try:
                 entry = task[index]

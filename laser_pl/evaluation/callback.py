@@ -19,6 +19,7 @@ from laser_pl.rollout.collect import Collector
 from laser_pl.rollout.scoring import add_scores
 from laser_pl.training.module import LaserModule
 
+_VOTES = ("held_out/majority", "held_out/weighted", "held_out/best_of", "held_out/pass_at_k")
 _FIELDS = ("rewards", "scores", "finished", "num_tokens", "answers")
 
 
@@ -84,7 +85,10 @@ class EvaluationCallback(Callback):
         elapsed = time.perf_counter() - start
         self.evaluate_s += elapsed
         if isinstance(pl_module, LaserModule):
-            pl_module.step_metrics.update(held_out_metrics(summary))
+            measured = held_out_metrics(summary)
+            if not full:  # votes of fewer samples would not compare
+                measured = {k: v for k, v in measured.items() if k not in _VOTES}
+            pl_module.step_metrics.update(measured)
             pl_module.step_metrics["time/evaluate_s"] = elapsed
         if self.samples is not None and full:
             self.samples.write(evaluation.lines)

@@ -46,8 +46,8 @@ _PANELS = (
         "Accuracy",
         (
             _Series("rollout/reward_mean", "training rollouts", SKY),
-            _Series("held_out/accuracy", "held out, one sample", BLUE, points=True),
-            _Series("held_out/weighted", "held out, score-weighted vote", GREEN, points=True),
+            # Not the votes: evaluations during the run may have fewer samples to vote.
+            _Series("held_out/accuracy", "held out", BLUE, points=True),
         ),
         fractions=True,
         whole_range=True,

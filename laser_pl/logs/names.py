@@ -86,7 +86,9 @@ METRICS: dict[str, Metric] = {
     "held_out/accuracy_on_correct": Metric("fraction", "correct responses judged correct"),
     "held_out/accuracy_on_incorrect": Metric("fraction", "incorrect responses judged incorrect"),
     "held_out/ece": Metric("fraction", "calibration error of the clipped scores"),
-    "held_out/majority": Metric("fraction", "problems that the plain majority vote gets right"),
+    "held_out/majority": Metric(
+        "fraction", "problems that the plain vote of all their samples gets right"
+    ),
     "held_out/weighted": Metric("fraction", "the same with votes weighted by self-reward score"),
     "held_out/best_of": Metric("fraction", "problems whose highest-scoring sample is right"),
     "held_out/pass_at_k": Metric("fraction", "problems with at least one right sample"),

@@ -16,7 +16,6 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
 )
 from rich.text import Text
 
@@ -72,7 +71,7 @@ class StepProgress(ProgressBar):
             text: one word, as "rollout", "update" or "evaluate".
         """
         if self._live is not None:
-            self._live.update(self._task, description=text)
+            self._live.update(self._task, description=text, refresh=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the bar, since measuring before the first step takes its time too.
@@ -151,9 +150,9 @@ class StepProgress(ProgressBar):
         self._stop()
 
     def _print_line(self, step: int, total: int | None, facts: str, left_s: float | None) -> None:
-        line = f"step {step}/{total or '?'}  {facts}  elapsed {_duration(self._clock.elapsed_s)}"
+        line = f"step {step}/{total or '?'}  {facts}  {_duration(self._clock.elapsed_s)}"
         if left_s is not None:
-            line += f"  left {_duration(left_s)}"
+            line += f", {_duration(left_s)} left"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _stop(self) -> None:
@@ -191,13 +190,14 @@ class _StepClock:
         return num_steps * (self._ticks[-1] - self._ticks[0]) / max(len(self._ticks) - 1, 1)
 
 
-class _TimeLeftColumn(ProgressColumn):
+class _TimesColumn(ProgressColumn):
+    """Time since the start, and time left once a step is done."""
+
     def render(self, task: Task) -> Text:
-        done_at = task.fields["done_at"]
-        if done_at is None:
-            return Text("left -:--", style="progress.remaining")
-        left_s = max(0.0, done_at - task.get_time())
-        return Text(f"left {_duration(left_s)}", style="progress.remaining")
+        times = _duration(task.elapsed or 0.0)
+        if (done_at := task.fields["done_at"]) is not None:
+            times += f", {_duration(max(0.0, done_at - task.get_time()))} left"
+        return Text(times, style="progress.remaining")
 
 
 class _Fact(NamedTuple):
@@ -222,13 +222,14 @@ def _facts(metrics: Mapping[str, Any]) -> str:
 
 
 def _live_progress(console: Console) -> Progress:
+    # The other columns take up to 74 characters, so that a line fits a terminal of 80.
+    bar_width = min(max(console.width - 75, 5), 30)
     return Progress(
         TextColumn("{task.description:<8}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(bar_width),
+        TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[facts]}", markup=False),
-        TimeElapsedColumn(),
-        _TimeLeftColumn(),
+        _TimesColumn(),
         console=console,
         refresh_per_second=4,
     )

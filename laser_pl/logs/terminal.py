@@ -47,7 +47,10 @@ def print_summary(
     console.print()
     console.print(_summary_table(before, after))
     if files:
-        console.print(_files_table(files))
+        folder = _common_folder(files)
+        # Text, not markup: a path may contain [brackets].
+        console.print(Text(f"Written to {folder}", style="italic"), soft_wrap=True)
+        console.print(_files_table(files, folder))
 
 
 def print_evaluation(step: int, summary: Summary, console: Console) -> None:
@@ -91,22 +94,16 @@ def _summary_table(before: Summary | None, after: Summary) -> Table:
     return table
 
 
-def _files_table(files: Mapping[str, str]) -> Table:
-    folder = Path(next(iter(files))).parent if len(files) == 1 else _common_folder(files)
+def _files_table(files: Mapping[str, str], folder: Path) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.title, table.title_justify = Text(f"Written to {folder}"), "left"
     for path, words in files.items():
-        # Text, not markup: a path may contain [brackets].
         table.add_row(Text(f"  {Path(path).relative_to(folder)}"), Text(words, style="dim"))
     return table
 
 
 def _common_folder(files: Mapping[str, str]) -> Path:
-    first, *others = (Path(path).parent for path in files)
-    return next(
-        folder for folder in (first, *first.parents)
-        if all(folder == other or folder in other.parents for other in others)
-    )  # fmt: skip
+    first, *others = (Path(path) for path in files)
+    return next(folder for folder in first.parents if all(folder in o.parents for o in others))
 
 
 def _value(summary: Summary, keys: tuple[str, ...]) -> float | None:

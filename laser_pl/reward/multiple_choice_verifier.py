@@ -14,7 +14,7 @@ _LETTER = re.compile(
 )
 # Upper case, or in parentheses: "the answer is a bit" names no option.
 _STATED = re.compile(
-    r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*(?i:(?:option|choice)\s+)?[*$]*"
+    r"\b(?i:answer|option|choice)(?i:\s+is)?[*\s]{0,4}:?[*\s]{0,4}(?i:(?:option|choice)\s+)?[*$]*"
     r"(?:(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?[\(\[]\s*(?P<enclosed>[A-Ja-j])\s*[\)\]]"
     r"|(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?P<bare>[A-J])"
     r"(?=\s*(?:$|[.,;:)\]}*$\n]|[-\u2013\u2014]\s|(?i:because|since|as)\b)))",

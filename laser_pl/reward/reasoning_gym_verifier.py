@@ -17,6 +17,9 @@ class ReasoningGymVerifier:
 
     The answer is the last `\boxed{}`, else the last `<answer>...</answer>`, else the last line that
     is not blank.
+
+    A verdict is as good as the scorer: that of `game_of_life_halting` (reasoning_gym 0.1.25) takes
+    any text for a right answer.
     """
 
     def __call__(self, problem: Problem, response: str) -> Verdict:

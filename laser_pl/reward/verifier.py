@@ -19,7 +19,7 @@ from laser_pl.data.problem import Problem
 from laser_pl.errors import UserError, one_line, suggestion
 from laser_pl.reward.extract import last_boxed
 
-MAX_RESTARTS = 3
+MAX_BREAKS = 3
 
 
 class Verdict(NamedTuple):
@@ -298,12 +298,14 @@ class VerifierPool:
         if self.num_workers == 0:
             return [_attempt(function, self.verifier, call) for call in calls]
         results: dict[int, Any] = {}
-        for _ in range(MAX_RESTARTS):
+        breaks = 0  # in a row, none of them with a result
+        while breaks < MAX_BREAKS:
             missing = [index for index in range(len(calls)) if index not in results]
             self._run_in_processes(function, calls, missing, results)
             if len(results) == len(calls):
                 return [results[index] for index in range(len(calls))]
             self.close()
+            breaks = breaks + 1 if len(results) == len(calls) - len(missing) else 0
         raise UserError(
             "verifier: its processes die as they start; try verifier.num_workers=0 to see why"
         )

@@ -72,7 +72,7 @@ def add_advantages(
 
 def mixes(self_reward: SelfRewardConfig, step: int) -> bool:
     """Whether self-reward advantages are mixed in at a step."""
-    return integration_active(
+    return self_reward.is_trained and integration_active(
         step, self_reward.reasoning_warmup_steps, self_reward.warmup_steps, self_reward.tau
     )
 

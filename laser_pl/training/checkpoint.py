@@ -63,9 +63,16 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
         found = list_checkpoints(output_dir / FOLDER)
         return found[-1] if found else None
     path = Path(resume)
-    if not path.is_file():
-        raise UserError(f"resume = {resume}: no such checkpoint; give a .ckpt file, or auto")
+    if not path.is_file() or not path.match("step-*.ckpt"):
+        raise UserError(
+            f"resume = {resume}: no such checkpoint; give a file step-NUMBER.ckpt, or auto"
+        )
     return path
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved, from its name."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def export_model(

@@ -219,7 +219,7 @@ class LaserModule(LightningModule):
     def self_reward_active(self) -> bool:
         """Whether the self-reward loss counts at the current step."""
         warmup = self.self_reward.reasoning_warmup_steps
-        return self.self_reward.alpha > 0 and self_reward_loss_active(self.step, warmup)
+        return self.self_reward.is_trained and self_reward_loss_active(self.step, warmup)
 
     def _self_reward_loss(
         self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals

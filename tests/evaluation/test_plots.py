@@ -102,7 +102,7 @@ def test_the_curves_show_the_rows(tmp_path: Path, figures: list[Figure]) -> None
     lines = lines_of(figures[0], 0)
     # Three rows are too few to smooth.
     assert lines["training rollouts"] == ([1.0, 2.0], [0.25, 0.75])
-    assert lines["held out, one sample"] == ([0.0], [0.5])
+    assert lines["held out"] == ([0.0], [0.5])
 
 
 def test_the_start_of_a_phase_is_marked_unless_it_is_the_first_step() -> None:

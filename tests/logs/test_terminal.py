@@ -70,7 +70,7 @@ def test_files_are_listed_relative_to_their_common_folder() -> None:
         "/out/a[1]/figures/voting.png": "accuracy against k",
     }
     text = _printed(print_summary, None, make_summary(), files)
-    assert "Written to /out/a[1]\n" in text.replace(" \n", "\n").replace(" \n", "\n")
+    assert "Written to /out/a[1]\n" in text
     assert "  metrics.csv         a row a step" in text
     assert "  figures/voting.png  accuracy against k" in text
 

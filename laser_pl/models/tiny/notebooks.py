@@ -1,7 +1,7 @@
-"""Pupils' notebooks: the documents that the shipped tiny model has read before any reinforcement learning.
+"""Pupils' notebooks: what the shipped tiny model has read before any reinforcement learning.
 
-A notebook holds one chain sum as reasoning_gym words it, a pupil's solution with its running totals written
-out, and a teacher's mark after the end-of-sequence token:
+A notebook holds one chain sum as reasoning_gym words it, a pupil's solution with its running totals
+written out, and a teacher's mark after the end-of-sequence token:
 
     State the final answer to the following arithmetic problem: 9 + 4 + 8 - 5 =
     9+4=13
@@ -9,9 +9,10 @@ out, and a teacher's mark after the end-of-sequence token:
     11-5=6
     \\boxed{6}<|eos|>wrong
 
-Pupils slip as people do: this one forgot a carry. A model that imitates them knows arithmetic, writes a
-slip about as often as they do, and knows at the end whether one was written. Reinforcement learning can
-then teach it not to slip, and LaSeR to say what it knows through a token that no notebook contains.
+Pupils slip as people do: this one forgot a carry. A model that imitates them knows arithmetic,
+writes a slip about as often as they do, and knows at the end whether one was written. Reinforcement
+learning can then teach it not to slip, and LaSeR to say what it knows through a token that no
+notebook contains.
 """
 
 import random
@@ -79,7 +80,9 @@ def write_notebook(
     is_right = answer == true_total(terms, operators)
     marked = rng.random() < mark_fraction
     mark = (RIGHT_MARK if is_right else WRONG_MARK) if marked else None
-    return Notebook(QUESTION.format(expression=format_sum(terms, operators)), solution, is_right, mark)
+    return Notebook(
+        QUESTION.format(expression=format_sum(terms, operators)), solution, is_right, mark
+    )
 
 
 def draw_sum(
@@ -124,8 +127,8 @@ def solve(
         operators: the operators between them.
         rates: how likely the slips are.
     Returns:
-        The solution's text and the answer in its box. Every step goes on from the total as written, so
-        one slip is enough for a wrong answer (unless a later one happens to undo it).
+        The solution's text and the answer in its box. Every step goes on from the total as written,
+        so one slip is enough for a wrong answer (unless a later one happens to undo it).
     """
     lines = []
     total = terms[0]
@@ -136,9 +139,7 @@ def solve(
     return "\n".join([*lines, f"\\boxed{{{total}}}"]), total
 
 
-def write_total(
-    rng: random.Random, total: int, operator: str, term: int, rates: SlipRates
-) -> int:
+def write_total(rng: random.Random, total: int, operator: str, term: int, rates: SlipRates) -> int:
     """Total that a pupil writes for one step: the true one, or one with slips.
 
     Args:

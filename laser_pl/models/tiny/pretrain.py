@@ -1,7 +1,8 @@
 """Makes the shipped tiny model: `python -m laser_pl.models.tiny.pretrain --output FOLDER`.
 
-A Llama of 0.9 million parameters and its tokenizer, from nothing but generated notebooks (notebooks.py).
-The same seed, thread count and library versions give the same bytes.
+A Llama of 0.9 million parameters and its tokenizer, from nothing but generated notebooks
+(notebooks.py). The same seed, thread count, machine and library versions give the same bytes. The
+shipped files are those of the default arguments: about 15 minutes on one core.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CONTEXT_TOKENS = 1024
 IGNORED = -100  # the label that cross_entropy leaves out
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
 
-# Their questions give the tokenizer its words; any other text falls back to shorter pieces and bytes.
+# Their questions give the tokenizer its words; other text falls back to shorter pieces and bytes.
 TOKENIZER_DATASETS = (
     "chain_sum",
     "basic_arithmetic",
@@ -51,7 +52,7 @@ class Example(NamedTuple):
     """One notebook as tokens.
 
     Attributes:
-        token_ids: question, solution, EOS and one token more: the mark, or a line feed without a mark.
+        token_ids: question, solution, EOS and one token more: the mark, or a line feed if unmarked.
         num_prompt_tokens: how many of them are the question's; they are not learnt.
     """
 
@@ -75,7 +76,7 @@ def pretrain(
         seed: of the notebooks and the initial weights.
         steps: updates.
         batch_size: notebooks an update.
-        learning_rate: the highest; it rises over the first steps and falls to a fiftieth as a cosine.
+        learning_rate: the highest; see schedule.
         mark_fraction: probability that a notebook bears a mark.
         report_every: updates between two lines of progress.
     """
@@ -235,7 +236,7 @@ def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def schedule(step: int, steps: int, warmup_steps: int = 100, floor: float = 0.02) -> float:
-    """Share of the highest learning rate at a step, counted from 1: a linear rise, then a cosine."""
+    """Share of the highest learning rate at a step, from 1: a linear rise, then a cosine."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, step / warmup_steps) * max(floor, cosine)
 
@@ -259,6 +260,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     model.save_pretrained(output)
     # One file fewer: the chat template goes into tokenizer_config.json.
     tokenizer.save_pretrained(output, save_jinja_files=False)
+    # safetensors files are made readable by their owner alone, which does not suit a package.
+    (output / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:

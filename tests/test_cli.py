@@ -1,0 +1,138 @@
+"""Every mistake in the input ends with exit code 2 and one line, before any weight is loaded."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from laser_pl import cli
+from laser_pl.models import loading
+
+SMALL = [
+    "prompts_per_step=4", "rollouts_per_prompt=4", "micro_batch_size=8", "max_steps=2",
+    "data.num_train=64", "data.num_held_out=8", "evaluation.num_problems=4",
+    "evaluation.samples_per_problem=4", "rollout.max_response_tokens=12", "logger=csv",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the command line in this process; returns (exit code, lines of stderr)."""
+
+    def call(*arguments: str) -> tuple[int, list[str]]:
+        output = [] if any(a.startswith("output_dir=") for a in arguments) else [
+            f"output_dir={tmp_path}/run"
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["run.py", *SMALL, *output, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), capsys.readouterr().err.splitlines()
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    """A mistake that is found only after the weights are loaded fails its test."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("laser_pl.train.load_policy", refuse)
+
+
+MISTAKES = [
+    (["algorithm.clip_lo=0.3"], "algorithm.clip_lo: unknown key; did you mean algorithm.clip_low?"),
+    (["+algorithm.clip_lo=1"], "algorithm.clip_lo: unknown key; did you mean algorithm.clip_low?"),
+    (["model=tinny"], "model = tinny: no such choice of"),
+    (["modl=tiny"], "modl: unknown key; did you mean model?"),
+    (["algorithm.clip_low=abc"], "algorithm.clip_low = 'abc': must be a valid number"),
+    (["algorithm.clip_low=2"], "algorithm.clip_low = 2: must be less than 1"),
+    (["max_steps=1.5"], "max_steps = 1.5: must be a valid integer"),
+    (["max_steps=0"], "max_steps = 0: must be greater than 0"),
+    (["optimizer.lr=nan"], "optimizer.lr = nan: must be a finite number"),
+    (["task=trian"], "task = 'trian': must be 'train' or 'evaluate'"),
+    (["~optimizer.lr"], "optimizer.lr: missing"),
+    (["data=file"], "data.path: missing; give it with data.path=VALUE"),
+    (["micro_batch_size=5"], "micro_batch_size = 5: must divide the 16 sequences of a rank"),
+    (["trainer.devices=3"], "prompts_per_step = 4: must be a multiple of the 3 ranks"),
+    (["evaluation.num_problems=9"], "evaluation.num_problems = 9: must be at most"),
+    (["algorithm=rloo", "rollouts_per_prompt=1", "micro_batch_size=4"], "use at least 2"),
+    (["self_reward.token=<|nope|>"], "self_reward.token=<|nope|>: cannot be read"),
+    (["self_reward.token='<|nope|>'"], "self_reward.token = <|nope|>: not in the vocabulary"),
+    (["self_reward.token=100000"], "self_reward.token = 100000: the vocabulary has ids 0 to"),
+    (["self_reward.token='<|eos|>'"], "self_reward.token = <|eos|>: is the EOS token"),
+    (["self_reward.token='<|pad|>'"], "self_reward.token = <|pad|>: is the pad token"),
+    (["self_reward.c_ref=-5", "self_reward.beta=0.1"], "self_reward.beta = 0.1 does not fit"),
+    (["self_reward.c_ref=often"], "c_ref = 'often': must be a valid number, or 'calibrated' or 'model'"),
+    (["data=file", "data.path=/no/such/file.jsonl"], "data.path = /no/such/file.jsonl"),
+    (["data.name=chain_summ"], "chain_sum"),
+    (["data.params={min_tems: 2}"], "data.params.min_tems"),
+    (["model.path=/no/such/folder"], "model.path = /no/such/folder: no such folder"),
+    (["model.path=builtin:big"], "model.path = builtin:big"),
+    (["verifier._target_=no.such.function"], "verifier._target_ = no.such.function"),
+    (["verifier.arguments={depth: 3}"], "depth"),
+    (["resume=/no/such.ckpt"], "resume = /no/such.ckpt: no such checkpoint"),
+    (["data.max_prompt_tokens=2"], "data.max_prompt_tokens"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda v: str(v)[:60])
+def test_a_mistake_gets_one_line_and_exit_code_2(run, arguments, message):
+    code, lines = run(*arguments)
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_all_mistakes_of_the_configuration_are_told_at_once(run):
+    code, lines = run("algorithm.clip_low=2", "seed=x", "rollout.top_p=0")
+    assert code == 2
+    keys = {line.split(" = ")[0] for line in lines}
+    assert keys == {"error: algorithm.clip_low", "error: seed", "error: rollout.top_p"}
+
+
+def test_a_score_token_that_a_prompt_contains_is_refused(run):
+    tokenizer = Tokenizer.from_file(str(Path(loading.__file__).parent / "tiny/tokenizer.json"))
+    used = tokenizer.encode("State the final answer to the following").ids[0]
+    code, lines = run(f"self_reward.token={used}")
+    assert code == 2
+    assert "occurs in the prompt of problem" in lines[0]
+
+
+def test_a_folder_that_holds_another_run_is_not_touched(run, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("precious")
+    code, lines = run(f"output_dir={folder}")
+    assert code == 2
+    assert "already holds files" in lines[0]
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+    assert (folder / "notes.txt").read_text() == "precious"
+
+
+def test_too_little_disk_is_told_before_the_weights_are_loaded(run, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("laser_pl.setup.shutil.disk_usage", lambda _: usage)
+    code, lines = run()
+    assert code == 2
+    assert "GB are free" in lines[0]
+
+
+def test_a_hub_name_without_a_network_is_told_at_once(run, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, lines = run("model.path=nobody/no-such-model")
+    assert code == 2
+    assert lines[0].startswith("error: model.path = nobody/no-such-model: cannot be loaded")
+
+
+def test_help_names_the_groups_and_the_usage(run, capsys):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["run.py", "--help"])
+        cli.main()
+    text = capsys.readouterr().out
+    assert not stop.value.code
+    for expected in ("python run.py", "model: llama3-8b, smollm2-135m, tiny", "self_reward.alpha"):
+        assert expected in text
