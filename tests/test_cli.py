@@ -96,7 +96,7 @@ def test_all_mistakes_of_the_configuration_are_told_at_once(run):
 
 def test_a_score_token_that_a_prompt_contains_is_refused(run):
     tokenizer = Tokenizer.from_file(str(Path(loading.__file__).parent / "tiny/tokenizer.json"))
-    used = tokenizer.encode("State the final answer to the following").ids[0]
+    used = tokenizer.encode("1 + 2 =\n").ids[1]
     code, lines = run(f"self_reward.token={used}")
     assert code == 2
     assert "occurs in the prompt of problem" in lines[0]

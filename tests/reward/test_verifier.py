@@ -155,7 +155,7 @@ def test_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
         (
             "users_own.needs",
             {"strictnes": 1},
-            "verifier.arguments.strictnes: no such argument of users_own.needs; did you mean strict",
+            "verifier.arguments.strictnes: no such argument of users_own.needs; did you mean",
         ),
         ("users_own.needs", {"problem": 1, "strictness": 1}, "verifier.arguments.problem: "),
         ("users_own.Tolerant", {}, "missing a required argument: 'tolerance'"),

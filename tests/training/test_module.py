@@ -1,9 +1,13 @@
 """The module's loss is the step's, whatever the micro-batches; bad gradients change nothing."""
 
 import math
+import os
+import socket
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -67,7 +71,7 @@ def step_gradient(module: LaserModule, parts: list[RolloutBatch], batch: Rollout
 def test_the_gradient_does_not_depend_on_the_micro_batch_size(
     make_model, compose_config, algorithm, size
 ):
-    config = compose_config(f"algorithm={algorithm}", "self_reward.alpha=0.5")
+    config = compose_config(f"algorithm={algorithm}", "self_reward.alpha=0.5", "self_reward.reasoning_warmup_steps=0")
     module = make_module(make_model(), config)
     batch = prepared(config)
     whole = step_gradient(module, [batch], batch)
@@ -76,7 +80,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_size(
 
 
 def test_the_gradient_does_not_depend_on_the_order_of_the_sequences(make_model, compose_config):
-    config = compose_config("self_reward.alpha=0.5")
+    config = compose_config("self_reward.alpha=0.5", "self_reward.reasoning_warmup_steps=0")
     module = make_module(make_model().double(), config)
     batch = prepared(config)
     shuffled = batch.select(torch.randperm(len(batch), generator=torch.Generator().manual_seed(1)))
@@ -85,8 +89,42 @@ def test_the_gradient_does_not_depend_on_the_order_of_the_sequences(make_model, 
     assert torch.allclose(first, second, rtol=1e-6, atol=1e-9)
 
 
+def gradient_of_rank(rank: int, port: int, config: Config, model, folder: Path) -> None:
+    """One of two ranks: its half of the groups, and the mean of the gradients as DDP takes it."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    whole = make_batch()
+    mine = whole.select(((whole.groups // 2) == rank).nonzero().squeeze(1))
+    add_advantages(mine, config.algorithm, config.self_reward, step=1)
+    add_class_weights(mine)
+    gradient = step_gradient(make_module(model, config), mine.micro_batches(2), mine)
+    dist.all_reduce(gradient)
+    torch.save(gradient / 2, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_gradient_does_not_depend_on_the_number_of_ranks(
+    make_model, compose_config, tmp_path
+):
+    config = compose_config("self_reward.alpha=0.5", "self_reward.reasoning_warmup_steps=0")
+    model = make_model()
+    batch = prepared(config)
+    one = step_gradient(make_module(model, config), [batch], batch)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model.zero_grad()
+    torch.multiprocessing.spawn(
+        gradient_of_rank, (port, config, model, tmp_path), nprocs=2, join=True
+    )
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
+
+
 def test_the_loss_is_policy_loss_plus_alpha_times_self_reward_loss(make_model, compose_config):
-    config = compose_config("self_reward.alpha=0.3", "self_reward.beta=0.4")
+    config = compose_config("self_reward.alpha=0.3", "self_reward.beta=0.4", "self_reward.reasoning_warmup_steps=0")
     module = make_module(make_model().double(), config)
     batch = prepared(config)
     module.begin_step(step_totals(batch, 1))

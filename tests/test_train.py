@@ -1,0 +1,259 @@
+"""Whole runs of the shipped tiny model: what they write, that they repeat, stop and resume."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from laser_pl.config import validate
+from laser_pl.logs.metrics_file import read_metrics
+from laser_pl.train import train
+from laser_pl.training import module as module_file
+
+SMALL = (
+    "prompts_per_step=4", "rollouts_per_prompt=4", "micro_batch_size=4", "max_steps=4",
+    "data.num_train=64", "data.num_held_out=8", "evaluation.num_problems=4",
+    "evaluation.samples_per_problem=4", "evaluation.every_n_steps=2",
+    "evaluation.interim_samples_per_problem=2", "self_reward.reasoning_warmup_steps=1",
+    "self_reward.warmup_steps=1", "checkpoint.every_n_steps=2", "optimizer.lr=1.0e-3",
+)  # fmt: skip
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(compose_config):
+    """Train in this process; returns (exit code, folder)."""
+
+    def call(*overrides: str) -> tuple[int, Path]:
+        config = compose_config(*SMALL, "logger=csv", *overrides)
+        return train(config), Path(config.output_dir)
+
+    return call
+
+
+def comparable(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv as text, without what depends on the clock."""
+    return [
+        {name: repr(value) for name, value in row.items() if not name.endswith(("_s", "per_s"))}
+        for row in read_metrics(folder / "metrics.csv")
+    ]
+
+
+def test_a_run_writes_everything_that_it_says(run):
+    code, folder = run("logger=wandb")
+    assert code == 0
+    expected = {
+        "config.yaml", "metrics.csv", "summary.json", "samples.jsonl", "figures", "checkpoints",
+        "model", "wandb",
+    }  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == expected
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert figures == {
+        "training_curves.png", "score_histograms.png", "reliability.png", "voting.png",
+    }  # fmt: skip
+    assert [row["step"] for row in read_metrics(folder / "metrics.csv")] == [0, 1, 2, 3, 4]
+    assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000002.ckpt", "step-000004.ckpt",
+    ]  # fmt: skip
+    config = validate(yaml.safe_load((folder / "config.yaml").read_text()))
+    assert config.output_dir == str(folder)
+
+
+def test_the_summary_has_what_the_run_was_for(run):
+    _, folder = run()
+    summary = json.loads((folder / "summary.json").read_text())
+    measures = {"f1", "accuracy", "accuracy_on_correct", "accuracy_on_incorrect", "auroc"}
+    assert measures <= set(summary["self_verification"])
+    assert measures <= set(summary["self_verification_before"])
+    assert {"k", "majority", "weighted", "best_of", "pass_at_k"} <= set(summary["voting"])
+    assert summary["voting"]["k"] == 4
+    assert summary["special_token"] == "<|reserved_0|>"
+    assert (summary["steps"], summary["seed"]) == (4, 0)
+    assert 0 <= summary["partition_excess"] < 0.05
+    assert summary["c_ref"] < -5
+    assert summary["c_ref_std"] > 0
+    assert summary["interrupted"] is False
+    rows = read_metrics(folder / "metrics.csv")
+    assert summary["accuracy_before"] == rows[0]["held_out/accuracy"]
+    assert summary["accuracy"] == rows[-1]["held_out/accuracy"]
+    assert summary["num_tokens"] == rows[-1]["train/num_tokens"]
+    tokens = sum(round(16 * row["rollout/response_tokens_mean"]) for row in rows[1:])
+    assert summary["num_tokens"] == tokens
+    assert {"rollout", "verify", "update", "calibrate", "evaluate", "total"} == set(summary["time"])
+
+
+def test_samples_have_verdict_score_and_advantage(run):
+    _, folder = run()
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    held_out = [line for line in lines if line["split"] == "held_out"]
+    assert {line["step"] for line in held_out} == {0, 4}
+    assert len(held_out) == 2 * 4 * 4
+    train_lines = [line for line in lines if line["split"] == "train"]
+    assert {line["step"] for line in train_lines} == {1, 2, 3, 4}
+    for line in lines:
+        assert line["reward"] in (0.0, 1.0)
+        assert (line["reward"] == 1.0) <= (line["answer"] == line["reference_answer"])
+        assert line["finished"] or line["score"] == 0
+        assert (line["advantage"] is None) == (line["split"] == "held_out")
+
+
+def test_held_out_problems_are_not_trained_on(run):
+    _, folder = run()
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    prompts = {
+        split: {line["prompt"] for line in lines if line["split"] == split}
+        for split in ("train", "held_out")
+    }
+    assert len(prompts["held_out"]) == 4
+    assert not prompts["train"] & prompts["held_out"]
+
+
+def test_the_model_folder_holds_the_trained_weights(run):
+    _, folder = run()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    checkpoint = torch.load(folder / "checkpoints" / "step-000004.ckpt", weights_only=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][f"policy.{name}"])
+    facts = json.loads((folder / "model" / "self_reward.json").read_text())
+    assert tokenizer.convert_ids_to_tokens(facts["token_id"]) == facts["special_token"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert facts["c_ref"] == summary["c_ref"]
+
+
+def test_rollouts_come_from_the_weights_that_the_step_updates(run):
+    _, folder = run("optimizer.lr=1.0e-3", "optimizer.schedule=constant")
+    rows = read_metrics(folder / "metrics.csv")[1:]
+    assert all(row["rollout/logprob_gap_mean"] < 1e-4 for row in rows)
+    # One update at this rate moves the log-probs far more than that, so stale rollouts would show.
+    first, last = (
+        torch.load(folder / "checkpoints" / f"step-{step:06d}.ckpt", weights_only=True)["state_dict"]
+        for step in (2, 4)
+    )
+    assert max(float((first[name] - last[name]).abs().max()) for name in first) > 1e-3
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, tmp_path):
+    folders = [
+        run(f"output_dir={tmp_path}/{name}", f"seed={seed}")[1]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    first, again, other = (comparable(folder) for folder in folders)
+    assert first == again
+    assert first != other
+    a, b = (folder / "model" / "model.safetensors" for folder in folders[:2])
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("extra", [(), ("algorithm.kl_coef=0.1", "self_reward.c_ref=model")])
+def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path, extra):
+    _, whole = run(f"output_dir={tmp_path}/whole", *extra)
+    _, part = run(f"output_dir={tmp_path}/part", "max_steps=4", *extra)
+    # As if killed after step 3: what was written after the checkpoint of step 2 is there, too.
+    (part / "checkpoints" / "step-000004.ckpt").unlink()
+    code, resumed = run(f"output_dir={part}", "resume=auto", *extra)
+    assert code == 0
+    assert comparable(whole) == comparable(resumed)
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing(run):
+    code, folder = run("resume=auto")
+    assert code == 0
+    assert (folder / "summary.json").is_file()
+
+
+def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(run, monkeypatch):
+    break_losses(monkeypatch, steps={2})
+    code, folder = run()
+    assert code == 0
+    rows = read_metrics(folder / "metrics.csv")
+    assert [row["train/bad_steps"] for row in rows[1:]] == [0, 1, 1, 1]
+    assert math.isfinite(rows[-1]["train/loss"])
+
+
+def test_too_many_bad_steps_end_the_run_with_a_checkpoint(run, monkeypatch, capsys):
+    break_losses(monkeypatch, steps={2, 3})
+    code, folder = run("trainer.max_bad_steps=1")
+    assert code == 1
+    assert "trainer.max_bad_steps" in capsys.readouterr().out
+    assert (folder / "checkpoints" / "step-000003.ckpt").is_file()
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
+
+
+def break_losses(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the policy loss of some steps NaN, as an overflow would."""
+    whole = module_file.LaserModule.training_step
+
+    def broken(self, batch, batch_idx):
+        loss = whole(self, batch, batch_idx)
+        return loss * math.nan if self.step in steps else loss
+
+    monkeypatch.setattr(module_file.LaserModule, "training_step", broken)
+
+
+def test_ctrl_c_saves_tells_and_exits_with_130_and_the_run_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable, str(ROOT / "run.py"), *SMALL, "logger=csv", "max_steps=400",
+        f"output_dir={folder}",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    wait_for_step(folder / "metrics.csv", 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["interrupted"] is True
+    assert (folder / "checkpoints" / f"step-{summary['steps']:06d}.ckpt").is_file()
+    steps = summary["steps"]
+    resumed = subprocess.run(
+        [*command, "resume=auto", f"max_steps={steps + 2}"], env=environment, timeout=120
+    )
+    assert resumed.returncode == 0
+    rows = read_metrics(folder / "metrics.csv")
+    assert [row["step"] for row in rows] == list(range(steps + 3))
+
+
+def wait_for_step(path: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if path.exists() and any(row["step"] >= step for row in read_metrics(path)):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"no step {step} in {path}")
+
+
+def test_two_ranks_make_one_run(tmp_path):
+    folder = tmp_path / "two"
+    command = [
+        sys.executable, str(ROOT / "run.py"), *SMALL, "logger=csv", "max_steps=1",
+        f"output_dir={folder}", "trainer.devices=2", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=180, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("batch: 4 prompts x 4 rollouts") == 1
+    assert "2 micro-batches x 4 x 2 ranks" in done.stdout
+    rows = read_metrics(folder / "metrics.csv")
+    assert [row["step"] for row in rows] == [0, 1]
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    # Every held-out problem once, whichever rank had it.
+    after = [line["problem"] for line in lines if line["split"] == "held_out" and line["step"] == 1]
+    assert sorted(after) == sorted([0, 1, 2, 3] * 4)
+    assert (folder / "model" / "model.safetensors").is_file()
