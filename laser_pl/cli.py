@@ -43,9 +43,9 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def job(composed: DictConfig) -> None:
-        # Caught here, so that the other jobs of a multirun go on and Hydra prints nothing of its own.
+        # Caught here, so that a multirun's other jobs go on and Hydra prints nothing of its own.
         try:
-            # Hydra's own folder: that of the job in a multirun, that of rank 0 in its child processes.
+            # Hydra's own folder: the job's in a multirun, that of rank 0 in its child processes.
             composed.output_dir = HydraConfig.get().runtime.output_dir
             exit_codes.append(run_task(to_config(composed)))
         except (UserError, OmegaConfBaseException) as error:
@@ -62,7 +62,8 @@ def main() -> None:
 
 def open_mapping(argument: str) -> str:
     """Let `data.params.x=1` add a key: what these mappings hold is not known to the files."""
-    return f"++{argument}" if re.match(r"(data\.params|verifier\.arguments)[.=]", argument) else argument
+    is_open = re.match(r"(data\.params|verifier\.arguments)[.=]", argument)
+    return f"++{argument}" if is_open else argument
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -105,8 +106,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         key, _, value = str(error.override).partition("=")
         return (
-            f"{error.override}: cannot be read; a value with special characters needs quotes of its "
-            f"own inside the shell's: \"{key}='{value}'\""
+            f"{error.override}: cannot be read; a value with special characters needs quotes of "
+            f"its own inside the shell's: \"{key}='{value}'\""
         )
     unknown = _override_key(text)
     if isinstance(error, ConfigCompositionException) and unknown:

@@ -1,8 +1,8 @@
 """The contract of a run's configuration: one frozen pydantic model a Hydra group.
 
-Hydra composes the files of `conf/`, where the values, their comments and their units live; this file
-says which keys there are, their types and ranges. There are no defaults here, so that a value has
-one home.
+Hydra composes the files of `conf/`, where the values, their comments and their units live; this
+file says which keys there are, their types and ranges. There are no defaults here, so that a value
+has one home.
 """
 
 from __future__ import annotations
@@ -182,9 +182,7 @@ class CsvConfig(Section):
     kind: Literal["csv"]
 
 
-LoggerConfig = Annotated[
-    WandbConfig | TensorBoardConfig | CsvConfig, Field(discriminator="kind")
-]
+LoggerConfig = Annotated[WandbConfig | TensorBoardConfig | CsvConfig, Field(discriminator="kind")]
 
 
 class Config(Section):
@@ -235,10 +233,11 @@ class Config(Section):
             )
         per_rank = self.num_sequences // self.num_ranks
         if per_rank % self.micro_batch_size:
+            fitting = _nearest_divisor(per_rank, self.micro_batch_size)
             raise ValueError(
                 f"micro_batch_size = {self.micro_batch_size}: must divide the {per_rank} sequences "
                 f"of a rank ({self.prompts_per_step} prompts x {self.rollouts_per_prompt} rollouts "
-                f"/ {self.num_ranks} ranks); {_nearest_divisor(per_rank, self.micro_batch_size)} would"
+                f"/ {self.num_ranks} ranks); {fitting} would"
             )
         return self
 
@@ -285,8 +284,9 @@ def validate(raw: Mapping[str, Any]) -> Config:
         lines: dict[str, str] = {}
         for item in error.errors(include_url=False):
             key, problem = _explain(dict(item), raw)
-            # A union reports each of its members; they make one line.
-            lines[key] = f"{lines[key]}, or {problem.removeprefix('must be ')}" if key in lines else problem
+            if key in lines:  # a union reports each of its members; they make one line
+                problem = f"{lines[key]}, or {problem.removeprefix('must be ')}"
+            lines[key] = problem
         raise UserError("\n".join(f"{k}{': ' if k else ''}{p}" for k, p in lines.items())) from None
 
 

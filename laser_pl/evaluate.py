@@ -60,7 +60,7 @@ def evaluate(config: Config) -> int:
 
 
 def with_exported_score(config: Config) -> Config:
-    """The configuration with token, beta and c_ref of the model's self_reward.json, if it has one."""
+    """The configuration with token, beta and c_ref of the model's self_reward.json, if any."""
     path = Path(resolve_path(config.model.path)) / "self_reward.json"
     if not path.is_file():
         return config

@@ -129,8 +129,8 @@ class _Run:
             self._report(time.perf_counter() - start)
         if self.stop.diverged:
             self.console.print(
-                f"error: stopped after {self.module.num_bad_steps} steps whose loss or gradient was "
-                "not finite (trainer.max_bad_steps); a lower optimizer.lr may do",
+                f"error: stopped after {self.module.num_bad_steps} steps whose loss or gradient "
+                "was not finite (trainer.max_bad_steps); a lower optimizer.lr may do",
                 style="red",
             )
             return EXIT_FAILED
@@ -283,7 +283,7 @@ def build_logger(config: Config, folder: Path) -> Logger | bool:
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb may go online: a key in the environment or in netrc, and WANDB_MODE allows it."""
+    """Whether wandb may go online: there is a key, and WANDB_MODE does not say otherwise."""
     if os.environ.get("WANDB_MODE", "online") != "online":
         return False
     if os.environ.get("WANDB_API_KEY"):
@@ -309,4 +309,3 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="lightning")
-

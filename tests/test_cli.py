@@ -65,7 +65,7 @@ MISTAKES = [
     (["self_reward.token='<|eos|>'"], "self_reward.token = <|eos|>: is the EOS token"),
     (["self_reward.token='<|pad|>'"], "self_reward.token = <|pad|>: is the pad token"),
     (["self_reward.c_ref=-5", "self_reward.beta=0.1"], "self_reward.beta = 0.1 does not fit"),
-    (["self_reward.c_ref=often"], "c_ref = 'often': must be a valid number, or 'calibrated' or 'model'"),
+    (["self_reward.c_ref=often"], "must be a valid number, or 'calibrated' or 'model'"),
     (["data=file", "data.path=/no/such/file.jsonl"], "data.path = /no/such/file.jsonl"),
     (["data.name=chain_summ"], "chain_sum"),
     (["data.params={min_tems: 2}"], "data.params.min_tems"),

@@ -26,9 +26,7 @@ def test_every_choice_of_every_group_composes_and_validates(compose_config, grou
 @pytest.mark.parametrize("model", ["tiny", "smollm2-135m", "llama3-8b"])
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dr_grpo"])
 @pytest.mark.parametrize("self_reward", ["laser", "off"])
-def test_the_main_groups_compose_in_all_combinations(
-    compose_config, model, algorithm, self_reward
-):
+def test_the_main_groups_compose_in_all_combinations(compose_config, model, algorithm, self_reward):
     config = compose_config(
         f"model={model}", f"algorithm={algorithm}", f"self_reward={self_reward}"
     )

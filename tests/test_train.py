@@ -135,11 +135,9 @@ def test_rollouts_come_from_the_weights_that_the_step_updates(run):
     _, folder = run("optimizer.lr=1.0e-3", "optimizer.schedule=constant")
     rows = read_metrics(folder / "metrics.csv")[1:]
     assert all(row["rollout/logprob_gap_mean"] < 1e-4 for row in rows)
-    # One update at this rate moves the log-probs far more than that, so stale rollouts would show.
-    first, last = (
-        torch.load(folder / "checkpoints" / f"step-{step:06d}.ckpt", weights_only=True)["state_dict"]
-        for step in (2, 4)
-    )
+    # The updates move the weights far more than that, so stale rollouts would show.
+    paths = (folder / "checkpoints" / f"step-{step:06d}.ckpt" for step in (2, 4))
+    first, last = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
     assert max(float((first[name] - last[name]).abs().max()) for name in first) > 1e-3
 
 

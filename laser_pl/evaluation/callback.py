@@ -119,4 +119,3 @@ def _pack(samples: EvaluationSamples | None) -> dict[str, Any] | None:
 
 def _unpack(packed: dict[str, Any] | None) -> EvaluationSamples | None:
     return None if packed is None else EvaluationSamples(**packed)
-

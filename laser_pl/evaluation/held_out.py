@@ -91,7 +91,7 @@ def _rows(
     votes = collector.verifier.canonical_answers(answers)
     rows = []
     for prompt, span, names in zip(collected.prompts, spans, votes, strict=True):
-        text = str(collector.tokenizer.decode(prompt.token_ids))
+        text = str(collector.tokenizer.decode(list(prompt.token_ids)))
         rows.append(
             {
                 "rewards": batch.rewards[span].tolist(),

@@ -194,4 +194,6 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
             if Path(path).is_dir()
             else "download it first, or give a folder, if there is no network"
         )
-        raise UserError(f"model.path = {config.path}: cannot be loaded ({reason}); {hint}") from None
+        raise UserError(
+            f"model.path = {config.path}: cannot be loaded ({reason}); {hint}"
+        ) from None

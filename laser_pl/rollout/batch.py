@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ class RolloutBatch:
     EOS = pad = 0: input_ids [[5, 6, 7, 0], [5, 6, 8, 9]], prompt_length 2, response_mask
     [[1, 1], [1, 1]], finished [1, 0], groups [0, 0].
 
-    No dataclass: Lightning would cast its floats to bfloat16 under bf16-true. Advantages and weights
-    are filled in once, from the whole step.
+    No dataclass: Lightning would cast its floats to bfloat16 under bf16-true. Advantages and
+    weights are filled in once, from the whole step.
 
     Attributes:
         input_ids: [N, L] prompt and response tokens.
@@ -100,12 +101,11 @@ class RolloutBatch:
         return [self.select(order[start : start + size]) for start in range(0, len(order), size)]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> RolloutBatch:
-        return RolloutBatch(
-            **{
-                name: function(value) if isinstance(value, Tensor) else value
-                for name, value in vars(self).items()
-            }
-        )
+        changed: dict[str, Any] = {
+            name: function(value) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return RolloutBatch(**changed)
 
     def _trim(self) -> RolloutBatch:
         used = self.attention_mask.any(dim=0).nonzero()

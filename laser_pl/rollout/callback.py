@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from laser_pl.config import Config, check_partition_excess
 from laser_pl.data.datamodule import PromptDataModule
@@ -98,7 +100,7 @@ class RolloutCallback(Callback):
         judged = verification_metrics(scores, rewards > 0.5)
         done = finished > 0.5
         failures = self.collector.verifier.counts
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "rollout/reward_mean": rewards.mean(),
             "rollout/finished_fraction": finished.mean(),
             "rollout/truncated_fraction": 1 - finished.mean(),
@@ -159,7 +161,7 @@ def calibrate(
 
 
 def training_samples(
-    collected: Collected, rows: Sequence[int], step: int, tokenizer: object
+    collected: Collected, rows: Sequence[int], step: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Sample]:
     """Some rollouts of a training step as lines of samples.jsonl."""
     batch = collected.batch
@@ -168,7 +170,7 @@ def training_samples(
             step=step,
             split="train",
             problem=collected.prompt_of(row).problem.index,
-            prompt=tokenizer.decode(collected.prompt_of(row).token_ids),  # type: ignore[attr-defined]
+            prompt=str(tokenizer.decode(list(collected.prompt_of(row).token_ids))),
             response=collected.responses[row],
             answer=collected.verdicts[row].answer,
             reference_answer=collected.prompt_of(row).problem.answer,

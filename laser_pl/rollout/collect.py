@@ -70,9 +70,7 @@ class Collector:
         rollouts = self.engine.generate(token_ids, rollouts_per_prompt, self.sampling, seed)
         return pad_rollouts(rollouts, token_ids, int(self.tokenizer.pad_token_id))
 
-    def collect(
-        self, prompts: Sequence[Prompt], rollouts_per_prompt: int, seed: int
-    ) -> Collected:
+    def collect(self, prompts: Sequence[Prompt], rollouts_per_prompt: int, seed: int) -> Collected:
         """Sample responses and verify them.
 
         Raises:

@@ -14,7 +14,7 @@ class Sampling:
     Attributes:
         max_response_tokens: length limit T; a response without EOS by then is truncated.
         temperature: divides the logits, greater than 0.
-        top_p: smallest probability mass that is sampled from, in (0, 1]; 1 is the whole distribution.
+        top_p: smallest probability mass that is sampled from, in (0, 1]; 1 takes the whole.
     """
 
     max_response_tokens: int
@@ -34,8 +34,8 @@ class Rollout:
         response_ids: its tokens, the EOS included if there is one.
         logprobs: log-probability (nats) of each token under softmax(logits / temperature).
         finished: it ends with EOS; otherwise it was cut at the limit.
-        token_logprob: log pi(z_c | x, y) in nats at temperature 1, read right after the EOS; NaN for
-            a truncated response.
+        token_logprob: log pi(z_c | x, y) in nats at temperature 1, read right after the EOS; NaN
+            for a truncated response.
     """
 
     prompt_index: int
@@ -55,5 +55,5 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         seed: int,
     ) -> list[Rollout]:
-        """Sample `rollouts_per_prompt` responses to each prompt, prompt by prompt in their order."""
+        """Sample `rollouts_per_prompt` responses to each prompt, in the order of the prompts."""
         ...

@@ -1,7 +1,7 @@
 """Rollouts by a transformers model: prompts prefilled once a group, finished rows dropped.
 
-The self-reward score costs one more decode step a response: the row that sampled EOS is fed its EOS,
-and the next-token distribution there holds log pi(z_c | x, y). Prompt and response are cached.
+The self-reward score costs one more decode step a response: the row that sampled EOS is fed its
+EOS, and the next-token distribution there holds log pi(z_c | x, y). Prompt and response are cached.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class _Decoding:
         self.logprobs: list[Tensor] = []
         self.length = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.token_logprob = torch.full((num_rows,), math.nan, device=device)
+        self.logits: Tensor  # [rows, V] of the next token
         self.cache: Any = DynamicCache(config=engine.model.config)
         self._prefill(prompts, repeats)
 
@@ -163,7 +164,7 @@ class _Decoding:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits = output.logits[:, -1].float()  # [rows, V]
+        self.logits = output.logits[:, -1].float()
 
     def _record(self, tokens: Tensor, logprobs: Tensor) -> None:
         rows = self.row_of[self.alive]
@@ -187,14 +188,13 @@ class _Decoding:
         """Drop the other rows from the batch; returns the mask of the rows that stay, all True."""
         index = rows.nonzero().squeeze(1)
         self.cache.batch_select_indices(index)
-        self.row_of, self.mask, self.position = self.row_of[index], self.mask[index], self.position[index]
-        self.logits, self.alive = self.logits[index], self.alive[index]
+        self.row_of, self.alive = self.row_of[index], self.alive[index]
+        self.mask, self.position = self.mask[index], self.position[index]
+        self.logits = self.logits[index]
         return rows[index]
 
 
-def sample(
-    logits: Tensor, sampling: Sampling, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sample one token a row.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a rollout batch gets once, from the whole step: scores, advantages, class weights, totals."""
+"""What a batch gets once, from the whole step: scores, advantages, class weights, totals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from laser_pl.training.module import LaserModule, StepTotals
 
 
 def add_scores(batch: RolloutBatch, module: LaserModule, micro_batch_size: int) -> None:
-    """Fill in c_ref and the self-reward scores, and the reference's log-probs if something uses them.
+    """Fill in c_ref and the self-reward scores, and the reference's log-probs if they are used.
 
     Args:
         batch: N sequences with the engine's token_logprob; filled in place.

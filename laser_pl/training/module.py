@@ -116,7 +116,7 @@ class LaserModule(LightningModule):
         self._sums = {}
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        """The loss of a micro-batch, so scaled that the step's gradient is that of the whole step."""
+        """The loss of a micro-batch, scaled so that the gradients add up to the step's."""
         if self.totals is None:
             raise RuntimeError("training_step before begin_step")
         totals = self.totals

@@ -1,4 +1,4 @@
-"""One forward gives the log-probs of a plain softmax over the whole vocabulary, and their gradient."""
+"""One forward gives the log-probs of a softmax over the whole vocabulary, and their gradient."""
 
 import pytest
 import torch

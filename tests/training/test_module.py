@@ -71,7 +71,9 @@ def step_gradient(module: LaserModule, parts: list[RolloutBatch], batch: Rollout
 def test_the_gradient_does_not_depend_on_the_micro_batch_size(
     make_model, compose_config, algorithm, size
 ):
-    config = compose_config(f"algorithm={algorithm}", "self_reward.alpha=0.5", "self_reward.reasoning_warmup_steps=0")
+    config = compose_config(
+        f"algorithm={algorithm}", "self_reward.alpha=0.5", "self_reward.reasoning_warmup_steps=0"
+    )
     module = make_module(make_model(), config)
     batch = prepared(config)
     whole = step_gradient(module, [batch], batch)
@@ -104,9 +106,7 @@ def gradient_of_rank(rank: int, port: int, config: Config, model, folder: Path) 
     dist.destroy_process_group()
 
 
-def test_the_gradient_does_not_depend_on_the_number_of_ranks(
-    make_model, compose_config, tmp_path
-):
+def test_the_gradient_does_not_depend_on_the_number_of_ranks(make_model, compose_config, tmp_path):
     config = compose_config("self_reward.alpha=0.5", "self_reward.reasoning_warmup_steps=0")
     model = make_model()
     batch = prepared(config)
@@ -124,7 +124,9 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks(
 
 
 def test_the_loss_is_policy_loss_plus_alpha_times_self_reward_loss(make_model, compose_config):
-    config = compose_config("self_reward.alpha=0.3", "self_reward.beta=0.4", "self_reward.reasoning_warmup_steps=0")
+    config = compose_config(
+        "self_reward.alpha=0.3", "self_reward.beta=0.4", "self_reward.reasoning_warmup_steps=0"
+    )
     module = make_module(make_model().double(), config)
     batch = prepared(config)
     module.begin_step(step_totals(batch, 1))
