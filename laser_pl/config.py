@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from laser_pl.algorithm.self_reward import partition_excess
 from laser_pl.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -300,6 +299,9 @@ def check_partition_excess(c_ref: float, beta: float) -> None:
         ValueError: Z - 1 at reward 1 exceeds `MAX_PARTITION_EXCESS`.
     Source: LaSeR, arXiv 2510.14943: Z = 1 + pi_ref(z_c) * (exp(r_v / beta) - 1).
     """
+    # torch takes seconds to import, which --help and a mistake need not wait for.
+    from laser_pl.algorithm.self_reward import partition_excess
+
     excess = partition_excess(c_ref, beta)
     if excess > MAX_PARTITION_EXCESS:
         raise ValueError(

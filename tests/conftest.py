@@ -22,6 +22,9 @@ from laser_pl.cli import config_dir, to_config
 from laser_pl.config import Config
 
 os.environ.setdefault("WANDB_MODE", "offline")
+# The tests run beside one another on few cores; threads that wait for each other are slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 SPECIAL = ["<pad>", "<eos>", "<reserved_0>", "<reserved_1>", "<unk>"]
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
