@@ -134,7 +134,9 @@ def prepare_output_dir(config: Config) -> Path:
         UserError: it holds another run, or cannot be written.
     """
     folder = Path(config.output_dir)
-    if config.resume != "auto" and folder.is_dir() and any(folder.iterdir()):
+    is_used = folder.is_dir() and any(folder.iterdir())
+    is_own = config.resume == "auto" and (folder / "config.yaml").is_file()
+    if is_used and not is_own:
         raise UserError(
             f"output_dir = {folder}: already holds files, which are not overwritten; give a new "
             "folder, or resume=auto to go on with the run in it"

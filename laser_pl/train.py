@@ -17,11 +17,12 @@ from urllib.parse import urlparse
 
 import torch
 import transformers
+import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 
-from laser_pl.config import Config
+from laser_pl.config import Config, WandbConfig
 from laser_pl.data.datamodule import PromptDataModule
 from laser_pl.distributed import any_rank
 from laser_pl.evaluation.callback import EvaluationCallback
@@ -40,14 +41,14 @@ from laser_pl.training.checkpoint import FOLDER, CheckpointCallback, find_checkp
 from laser_pl.training.module import LaserModule
 
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def train(config: Config) -> int:
     """Train the policy, and write model, metrics, samples, figures and summary to output_dir.
 
     Returns:
-        The exit code: 0, 1 if too many steps were skipped, 130 if interrupted.
+        The exit code: 0, 1 if too many steps were skipped, 130 after Ctrl-C, 143 after SIGTERM.
     Raises:
         UserError: whatever of the input will not do; before any weight is loaded where possible.
     """
@@ -124,9 +125,11 @@ class _Run:
                     self.module, self.data, ckpt_path=self.checkpoint, weights_only=True
                 )
             except SystemExit:  # Lightning's answer to a KeyboardInterrupt
-                self.stop.interrupted = True
+                self.stop.interrupted = self.stop.interrupted or signal.SIGINT
         if self.trainer.is_global_zero:
             self._report(time.perf_counter() - start)
+        if isinstance(self.config.logger, WandbConfig):
+            wandb.finish()  # the next run of a multirun is another one
         if self.stop.diverged:
             self.console.print(
                 f"error: stopped after {self.module.num_bad_steps} steps whose loss or gradient "
@@ -134,7 +137,7 @@ class _Run:
                 style="red",
             )
             return EXIT_FAILED
-        return EXIT_INTERRUPTED if self.stop.interrupted else 0
+        return 128 + self.stop.interrupted if self.stop.interrupted else 0
 
     def _callbacks(self) -> list[Callback]:
         config, inputs = self.config, self.inputs
@@ -173,7 +176,7 @@ class _Run:
             folder=self.folder,
             console=self.console,
             steps=self.trainer.current_epoch,
-            interrupted=self.stop.interrupted,
+            interrupted=bool(self.stop.interrupted),
             time_s={
                 "calibrate": self.rollout.calibrate_s,
                 "evaluate": self.evaluation.evaluate_s,
@@ -183,15 +186,18 @@ class _Run:
 
 
 class StopCallback(Callback):
-    """Ends the run after a step: on Ctrl-C, or when too many steps had to be skipped.
+    """Ends the run after a step: on Ctrl-C or SIGTERM, or when too many steps were skipped.
 
     Args:
         max_bad_steps: steps with a loss or gradient that is not finite that a run may have.
+    Attributes:
+        interrupted: the signal that stopped the run, 0 if none did.
+        diverged: too many steps were skipped.
     """
 
     def __init__(self, max_bad_steps: int) -> None:
         self.max_bad_steps = max_bad_steps
-        self.interrupted = False
+        self.interrupted = 0
         self.diverged = False
         self._in_steps = False
 
@@ -203,7 +209,8 @@ class StopCallback(Callback):
         """Stop if it was asked for; the checkpoint callback comes after this one and saves."""
         if isinstance(pl_module, LaserModule):
             self.diverged = pl_module.num_bad_steps > self.max_bad_steps
-        self.interrupted = any_rank(self.interrupted)
+        if any_rank(bool(self.interrupted)):
+            self.interrupted = self.interrupted or signal.SIGINT
         if self.interrupted or self.diverged:
             trainer.should_stop = True
 
@@ -217,16 +224,17 @@ class StopCallback(Callback):
 
         def handle(signum: int, frame: FrameType | None) -> None:
             if self.interrupted or not self._in_steps:
-                self.interrupted = True
+                self.interrupted = signum
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self.interrupted = signum
             print("\ninterrupted: finishing this step, then saving; again to stop at once")
 
-        previous = signal.signal(signal.SIGINT, handle)
+        previous = {number: signal.signal(number, handle) for number in _STOPPING}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def build_module(config: Config, inputs: Inputs) -> LaserModule:
@@ -267,8 +275,6 @@ def build_logger(config: Config, folder: Path) -> Logger | bool:
         return False
     if settings.kind == "tensorboard":
         return TensorBoardLogger(folder, name="tensorboard", version="")
-    import wandb
-
     run = wandb.init(
         project=settings.project,
         entity=settings.entity,

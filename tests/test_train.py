@@ -166,6 +166,26 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path, extra):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
+def test_a_finished_run_can_be_made_longer(run, tmp_path):
+    constant = ("optimizer.schedule=constant",)
+    _, whole = run(f"output_dir={tmp_path}/whole", "max_steps=6", *constant)
+    _, part = run(f"output_dir={tmp_path}/part", "max_steps=4", *constant)
+    run(f"output_dir={part}", "max_steps=6", "resume=auto", *constant)
+    weights = [folder / "model" / "model.safetensors" for folder in (whole, part)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
+    _, folder = run(f"output_dir={tmp_path}/done")
+    before = comparable(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    code, _ = run(f"output_dir={tmp_path}/done", "resume=auto")
+    assert code == 0
+    assert comparable(folder) == before
+    again = json.loads((folder / "summary.json").read_text())
+    assert summary | {"time": None} == again | {"time": None}
+
+
 def test_resume_auto_starts_anew_where_there_is_nothing(run):
     code, folder = run("resume=auto")
     assert code == 0
@@ -233,6 +253,30 @@ def wait_for_step(path: Path, step: int) -> None:
             return
         time.sleep(0.1)
     raise TimeoutError(f"no step {step} in {path}")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_lower_precisions_train(run, precision):
+    code, folder = run(f"trainer.precision={precision}", "max_steps=2")
+    assert code == 0
+    rows = read_metrics(folder / "metrics.csv")[1:]
+    # Sampling and training forward round alike: bfloat16 has three digits.
+    assert all(row["rollout/logprob_gap_mean"] < 0.05 for row in rows)
+    assert all(math.isfinite(row["train/grad_norm"]) for row in rows)
+
+
+def test_a_multirun_makes_a_run_for_each_value(tmp_path):
+    command = [
+        sys.executable, str(ROOT / "run.py"), "--multirun", *SMALL, "max_steps=1",
+        "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for seed in (0, 1):
+        folder = tmp_path / "sweep" / str(seed)
+        assert json.loads((folder / "summary.json").read_text())["seed"] == seed
+        assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_two_ranks_make_one_run(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from laser_pl.algorithm import partition_excess
 from laser_pl.config import Config, check_partition_excess
 from laser_pl.data.datamodule import PromptDataModule
 from laser_pl.distributed import derive_seed, gather_over_ranks, rank
@@ -27,6 +29,8 @@ from laser_pl.rollout.scoring import (
 )
 from laser_pl.training.module import LaserModule
 
+# Above this the score's optimum is visibly off its reward; config.py refuses much more.
+WARN_PARTITION_EXCESS = 0.01
 # Rollouts of a step that are kept in samples.jsonl.
 SAMPLES_PER_STEP = 4
 
@@ -154,10 +158,19 @@ def calibrate(
     module.c_ref_std = float(measured.std()) if len(measured) > 1 else 0.0
     if not isinstance(config.self_reward.c_ref, str):
         module.c_ref = config.self_reward.c_ref
+    beta = config.self_reward.beta
     try:
-        check_partition_excess(module.c_ref, config.self_reward.beta)
+        check_partition_excess(module.c_ref, beta)
     except ValueError as error:
         raise UserError(str(error)) from None
+    excess = partition_excess(module.c_ref, beta)
+    if excess > WARN_PARTITION_EXCESS:
+        warnings.warn(
+            f"self_reward.beta = {beta:g} hardly fits a token with c_ref = {module.c_ref:.2f}: "
+            f"Z - 1 = {excess:.3g} exceeds {WARN_PARTITION_EXCESS}; a larger beta or a rarer token "
+            "would fit better",
+            stacklevel=2,
+        )
 
 
 def training_samples(

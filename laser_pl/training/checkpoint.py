@@ -17,7 +17,7 @@ FOLDER = "checkpoints"
 
 
 class CheckpointCallback(Callback):
-    """Saves every few steps, at the end, and when the run is stopped; keeps the last few.
+    """Saves every few steps and at the end, also of a run that is stopped; keeps the last few.
 
     Lightning writes a checkpoint under a temporary name and renames it.
 
@@ -31,16 +31,35 @@ class CheckpointCallback(Callback):
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
+        self._between_steps = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save when it is time, or when the run is about to end."""
+        """Save when it is time."""
         step = trainer.current_epoch + 1
-        due = self.every_n_steps and step % self.every_n_steps == 0
-        if due or trainer.should_stop or step == trainer.max_epochs:
-            trainer.save_checkpoint(self.folder / f"step-{step:06d}.ckpt")
-            if trainer.is_global_zero:
-                for old in list_checkpoints(self.folder)[: -self.keep_last]:
-                    old.unlink()
+        self._between_steps = True
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != trainer.max_epochs:
+            self._save(trainer, step)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here to the end of the step the weights may be half updated."""
+        self._between_steps = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end, with its evaluation."""
+        self._save(trainer, trainer.current_epoch)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save what an interrupt between two steps, as in an evaluation, would lose."""
+        if isinstance(exception, KeyboardInterrupt) and self._between_steps:
+            self._save(trainer, trainer.current_epoch)
+
+    def _save(self, trainer: Trainer, step: int) -> None:
+        trainer.save_checkpoint(self.folder / f"step-{step:06d}.ckpt")
+        if trainer.is_global_zero:
+            for old in list_checkpoints(self.folder)[: -self.keep_last]:
+                old.unlink()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
