@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_pl.config import validate
+from laser_pl.errors import UserError
+from laser_pl.evaluate import evaluate
 from laser_pl.logs.metrics_file import read_metrics
 from laser_pl.train import train
 from laser_pl.training import module as module_file
@@ -299,3 +302,52 @@ def test_two_ranks_make_one_run(tmp_path):
     after = [line["problem"] for line in lines if line["split"] == "held_out" and line["step"] == 1]
     assert sorted(after) == sorted([0, 1, 2, 3] * 4)
     assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_tensorboard_gets_the_metrics(run):
+    _, folder = run("logger=tensorboard", "max_steps=1")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    (point,) = events.Scalars("rollout/reward_mean")
+    rows = read_metrics(folder / "metrics.csv")
+    assert point.step == 1
+    assert point.value == pytest.approx(rows[1]["rollout/reward_mean"])
+
+
+def test_a_beta_that_does_not_fit_the_measured_token_is_refused(run):
+    with pytest.raises(UserError, match=r"self_reward.beta = 0.03 does not fit a token"):
+        run("self_reward.beta=0.03")
+
+
+def test_responses_that_never_finish_are_told_before_the_first_step(run):
+    with pytest.raises(UserError, match=r"rollout.max_response_tokens = 2: none of 16 responses"):
+        run("rollout.max_response_tokens=2")
+
+
+def test_a_failing_verifier_names_the_problem_and_its_message(run, monkeypatch, tmp_path):
+    (tmp_path / "strict.py").write_text(
+        "def check(problem, response):\n    raise ValueError('no units')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    verifier = "verifier._target_=strict.check"
+    with pytest.raises(UserError, match=r"problem \d+: ValueError: no units"):
+        run(verifier, f"output_dir={tmp_path}/stop")
+    _, folder = run(verifier, "verifier.on_error=zero", f"output_dir={tmp_path}/zero")
+    rows = read_metrics(folder / "metrics.csv")[1:]
+    assert all(row["rollout/reward_mean"] == 0 for row in rows)
+    assert rows[-1]["verifier/errors"] >= 16 * 4
+
+
+def test_evaluating_the_exported_model_reads_its_own_score(run, compose_config, tmp_path):
+    _, folder = run()
+    config = compose_config(
+        *SMALL, "task=evaluate", f"model.path={folder}/model", f"output_dir={tmp_path}/evaluated"
+    )
+    assert evaluate(config) == 0
+    trained = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((tmp_path / "evaluated" / "summary.json").read_text())
+    for name in ("c_ref", "token_id", "beta", "special_token"):
+        assert summary[name] == trained[name]
+    assert summary["num_samples"] == 16
+    names = {path.name for path in (tmp_path / "evaluated").iterdir()}
+    assert names == {"config.yaml", "summary.json", "samples.jsonl", "figures"}

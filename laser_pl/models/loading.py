@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -79,14 +82,22 @@ def load_policy(config: ModelConfig) -> PreTrainedModel:
     """The causal language model at `model.path`, with its weights, in training mode.
 
     Raises:
-        UserError: there is no such model, no network, or its head is not a plain linear layer.
+        UserError: there is no such model, no network, weights are missing or broken, or its head is
+            not a plain linear layer.
     """
-    model = _from_pretrained(
+    model, loading = _from_pretrained(
         AutoModelForCausalLM,
         config,
         dtype=getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
+        output_loading_info=True,
     )
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills them with random numbers and only warns.
+        raise UserError(
+            f"model.path = {config.path}: its files lack {len(missing)} weights, such as "
+            f"{missing[0]}; check the folder"
+        )
     check_head(model, config.path)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -122,17 +133,17 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> tu
 
     Llama-3 and Qwen2.5 list several. The tokenizer's own comes first.
     """
-    from transformers import GenerationConfig
-
     ids = [int(tokenizer.eos_token_id)]
-    for kind in (GenerationConfig, AutoConfig):
-        try:
-            listed = kind.from_pretrained(resolve_path(config.path), revision=config.revision)
-        except (OSError, ValueError):
-            continue
-        value = listed.eos_token_id
-        ids += [value] if isinstance(value, int) else list(value or [])
-    return tuple(dict.fromkeys(ids))
+    path = resolve_path(config.path)
+    with suppress(OSError, ValueError):  # not every model has one
+        ids += _listed_eos(GenerationConfig.from_pretrained(path, revision=config.revision))
+    settings = _from_pretrained(AutoConfig, config)
+    return tuple(dict.fromkeys(ids + _listed_eos(settings)))
+
+
+def _listed_eos(settings: Any) -> list[int]:
+    value = getattr(settings, "eos_token_id", None)
+    return [value] if isinstance(value, int) else list(value or [])
 
 
 def resolve_token(
@@ -187,7 +198,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
             trust_remote_code=config.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         hint = (
             "check the folder"
