@@ -52,7 +52,7 @@ def needs_smollm2() -> None:
 
 
 def assert_trained(folder: Path, start: str, steps: int = 2) -> None:
-    """The steps were made, from on-policy rollouts, and moved every layer of the model at `start`."""
+    """The steps were made, from on-policy rollouts, and moved every layer of the start model."""
     rows = read_metrics(folder / "metrics.csv")[1:]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     for row in rows:
@@ -69,11 +69,12 @@ def assert_trained(folder: Path, start: str, steps: int = 2) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2_run(tmp_path_factory):
-    """Three steps of SmolLM2 on its own task; its checkpoint of 1.6 GB does not outlive the tests."""
+    """Three steps of SmolLM2 on its own task; its 2 GB of weights do not outlive the tests."""
     needs_smollm2()
     folder = tmp_path_factory.mktemp("smollm2") / "run"
     overrides = [
         *SMALL, "model=smollm2-135m", f"output_dir={folder}", "max_steps=3", "data.num_train=64",
+        "prompts_per_step=2", "micro_batch_size=4", "evaluation.samples_per_problem=4",
     ]  # fmt: skip
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         config = to_config(compose("config", overrides))
@@ -132,15 +133,14 @@ def test_the_scores_of_smollm2_are_those_of_a_separate_forward(smollm2_run):
         assert compared >= 2
 
 
-@pytest.mark.parametrize(
-    "task", ["gcd", "number_sorting", "letter_counting", "propositional_logic"]
-)
+@pytest.mark.parametrize("task", ["gcd", "letter_counting", "propositional_logic"])
 def test_the_tiny_model_trains_on_other_tasks_of_reasoning_gym(run, task):
-    folder = run("data=reasoning_gym", f"data.name={task}", "data.num_train=32")
+    folder = run(
+        "data=reasoning_gym", f"data.name={task}", "data.num_train=32", "rollouts_per_prompt=8",
+        "rollout.max_response_tokens=96",
+    )  # fmt: skip
     assert_trained(folder, resolve_path("builtin:tiny"))
     assert read_metrics(folder / "metrics.csv")[-1]["verifier/errors"] == 0
-    config = (folder / "config.yaml").read_text()
-    assert f"name: {task}" in config
 
 
 def write_problems(path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_file_of_problems_is_trained_on_with_the_math_verifier(run, tmp_path):
     write_problems(tmp_path / "problems.jsonl")
     folder = run(
         "data=file", f"data.path={tmp_path}/problems.jsonl", "verifier=math",
-        "verifier.num_workers=1", "data.instruction='{problem}\n'",
+        "verifier.num_workers=1", "data.template=plain", "data.instruction='{problem}\n'",
     )  # fmt: skip
     assert_trained(folder, resolve_path("builtin:tiny"))
     for sample in read_samples(folder / "samples.jsonl"):

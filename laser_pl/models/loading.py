@@ -136,7 +136,9 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> tu
     ids = [int(tokenizer.eos_token_id)]
     path = resolve_path(config.path)
     with suppress(OSError, ValueError):  # not every model has one
-        ids += _listed_eos(GenerationConfig.from_pretrained(path, revision=config.revision))
+        ids += _listed_eos(
+            GenerationConfig.from_pretrained(path, revision=config.revision or "main")
+        )
     settings = _from_pretrained(AutoConfig, config)
     return tuple(dict.fromkeys(ids + _listed_eos(settings)))
 

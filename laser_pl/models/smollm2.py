@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from laser_pl.errors import UserError
 
@@ -82,7 +83,7 @@ def _make_room(folder: Path) -> None:
 def _save_converted(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE)
     # The marks of the quantised file would make save_pretrained refuse the float weights.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
