@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from laser_pl.config import Config, FileData, HubData, ReasoningGymData
 from laser_pl.data.datasets import Splits, load_file, load_hub, load_reasoning_gym
@@ -18,7 +17,12 @@ from laser_pl.data.problem import Problem, Prompt
 from laser_pl.data.template import PromptTemplate, encode_prompts
 from laser_pl.errors import UserError
 from laser_pl.logs.files import write_text_atomically
-from laser_pl.models.loading import eos_token_ids, load_tokenizer, resolve_path, resolve_token
+from laser_pl.models.loading import (
+    eos_token_ids,
+    load_settings,
+    load_tokenizer,
+    resolve_token,
+)
 from laser_pl.reward.verifier import VerifierPool, resolve_verifier
 
 
@@ -53,6 +57,7 @@ def prepare_inputs(config: Config, console: Console) -> Inputs:
     tokenizer = load_tokenizer(config.model)
     eos_ids = eos_token_ids(tokenizer, config.model)
     token_id = resolve_token(config.self_reward.token, tokenizer, eos_ids)
+    _check_vocabulary(tokenizer, config)
     splits = load_problems(config)
     data = config.data
     template = PromptTemplate(tokenizer, data.template, data.instruction, data.system_prompt)
@@ -118,6 +123,15 @@ def _encode(
     return prompts
 
 
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    size = load_settings(config.model).get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"model.path = {config.model.path}: its tokenizer has {len(tokenizer)} tokens, the "
+            f"model {size}; resize the model's embeddings"
+        )
+
+
 def _check_token_is_unused(token_id: int, prompts: list[Prompt], config: Config) -> None:
     for prompt in prompts:
         if token_id in prompt.token_ids:
@@ -172,18 +186,8 @@ def check_disk(config: Config) -> None:
 
 def num_parameters(config: Config) -> int:
     """Parameters of the model at `model.path`, from its config alone."""
-    model = config.model
-    try:
-        settings: Any = AutoConfig.from_pretrained(
-            resolve_path(model.path),
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(
+            load_settings(config.model), trust_remote_code=config.model.trust_remote_code
         )
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(
-                settings, trust_remote_code=model.trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.path = {model.path}: cannot be loaded ({reason})") from None
     return sum(parameter.numel() for parameter in empty.parameters())

@@ -134,5 +134,9 @@ def test_help_names_the_groups_and_the_usage(run, capsys):
         cli.main()
     text = capsys.readouterr().out
     assert not stop.value.code
-    for expected in ("python run.py", "model: llama3-8b, smollm2-135m, tiny", "self_reward.alpha"):
+    for expected in (
+        "python run.py",
+        "model: hf, llama3-8b, smollm2-135m, tiny",
+        "self_reward.alpha",
+    ):
         assert expected in text

@@ -15,12 +15,16 @@ CHOICES = [
     (path.parent.name, path.stem)
     for path in sorted(config_dir().glob("*/*.yaml"))
 ]  # fmt: skip
-NEEDED = {"file": ["data.path=x.jsonl"], "hub": ["data.name=x/y"]}
+NEEDED = {
+    ("data", "file"): ["data.path=x.jsonl"],
+    ("data", "hub"): ["data.name=x/y"],
+    ("model", "hf"): ["model.path=x", "self_reward.token=7"],
+}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_of_every_group_composes_and_validates(compose_config, group, choice):
-    config = compose_config(f"{group}={choice}", *NEEDED.get(choice, []))
+    config = compose_config(f"{group}={choice}", *NEEDED.get((group, choice), []))
     assert config.num_sequences == (
         config.num_micro_batches * config.micro_batch_size * config.num_ranks
     )

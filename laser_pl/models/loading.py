@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -78,6 +78,16 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_settings(config: ModelConfig) -> PretrainedConfig:
+    """The model's own configuration, without its weights.
+
+    Raises:
+        UserError: there is no such model, or no network to fetch it.
+    """
+    settings: PretrainedConfig = _from_pretrained(AutoConfig, config)
+    return settings
+
+
 def load_policy(config: ModelConfig) -> PreTrainedModel:
     """The causal language model at `model.path`, with its weights, in training mode.
 
@@ -121,7 +131,9 @@ def check_head(model: PreTrainedModel, path: str) -> None:
         logits = model(input_ids=ids).logits
         plain = head(model.base_model(input_ids=ids).last_hidden_state) if head else None
     model.train(was_training)
-    if plain is None or not torch.allclose(logits, plain, rtol=1e-3, atol=1e-3):
+    # A cap hardly acts on the small logits of a short input, so its setting is looked at, too.
+    is_capped = getattr(model.config, "final_logit_softcapping", None) is not None
+    if plain is None or is_capped or not torch.allclose(logits, plain, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"model.path = {path}: {type(model).__name__} changes its logits after the output "
             "layer, which is not supported"
@@ -139,8 +151,7 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> tu
         ids += _listed_eos(
             GenerationConfig.from_pretrained(path, revision=config.revision or "main")
         )
-    settings = _from_pretrained(AutoConfig, config)
-    return tuple(dict.fromkeys(ids + _listed_eos(settings)))
+    return tuple(dict.fromkeys(ids + _listed_eos(load_settings(config))))
 
 
 def _listed_eos(settings: Any) -> list[int]:
@@ -184,11 +195,6 @@ def _token_id(token: int | str, tokenizer: PreTrainedTokenizerBase) -> int:
         near = near or suggestion(text, set(tokenizer.get_added_vocab()))
         raise UserError(f"self_reward.token = {token}: not in the vocabulary{near}")
     return int(vocabulary[text])
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:

@@ -4,7 +4,7 @@ import logging
 from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from laser_pl.data.problem import Problem
 from laser_pl.reward.extract import last_boxed, squeeze
@@ -14,6 +14,11 @@ from laser_pl.reward.verifier import Verdict
 MAX_ANSWER_CHARS = 400
 MAX_TAIL_CHARS = 1000
 
+_ANNOUNCED = (
+    LatexExtractionConfig(try_extract_without_anchor=False),
+    ExprExtractionConfig(try_extract_without_anchor=False),
+)
+
 # math-verify warns that its own timeouts are off: they need signals, and cannot stop C code anyway.
 # VerifierPool stops the process instead.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -22,8 +27,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 class MathVerifier:
     r"""Reward 1 if the answer equals the reference as mathematics: `\frac12`, 1/2 and 0.5 agree.
 
-    The answer is the last `\boxed{}`; without a box what math-verify finds to be the final answer
-    near the end of the response. The reference may be LaTeX, plain text or a number.
+    The answer is the last `\boxed{}`; without a box what words such as "the final answer is"
+    announce near the end of the response. The reference may be LaTeX, plain text or a number.
 
     Some answers take forever to compare (`9^{9^{9^9}}`): give VerifierPool processes, so that it
     can stop them.
@@ -57,7 +62,11 @@ def _parse(answer: str) -> list[Any]:
 
 
 def _final_answer(text: str) -> str | None:
-    """The text of what math-verify takes for the final answer of a text without a box."""
-    readings = parse(text, parsing_timeout=None)
+    """The text of what math-verify takes for the final answer of a text without a box.
+
+    Only what words such as "the answer is" announce: a policy soon learns that the problem itself,
+    repeated, has the right value.
+    """
+    readings = parse(text, _ANNOUNCED, parsing_timeout=None)
     texts = [reading for reading in readings if isinstance(reading, str)]
     return texts[-1].strip() or None if texts else None

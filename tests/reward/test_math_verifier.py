@@ -130,3 +130,11 @@ def test_adversarial_answers_are_wrong_and_cannot_stall_a_pool():
             "num_crashes": 0,
             "num_errors": 0,
         }
+
+
+def test_repeating_the_problem_is_no_answer():
+    problem = Problem(0, "Calculate 32 + 95.", "127", {})
+    verifier = MathVerifier()
+    for response in ("To calculate 32 + 95, the correct step is to add", "It is $32 + 95$."):
+        assert verifier(problem, response) == Verdict(0.0, None)
+    assert verifier(problem, "So the final answer is 127.").reward == 1.0
