@@ -21,8 +21,8 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from laser_pl.config import Config, known_keys, suggestion, validate
-from laser_pl.errors import UserError
+from laser_pl.config import Config, known_keys, validate
+from laser_pl.errors import UserError, suggestion
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

@@ -7,14 +7,13 @@ has one home.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from laser_pl.errors import UserError
+from laser_pl.errors import UserError, suggestion
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -236,7 +235,7 @@ class Config(Section):
             raise ValueError(
                 f"micro_batch_size = {self.micro_batch_size}: must divide the {per_rank} sequences "
                 f"of a rank ({self.prompts_per_step} prompts x {self.rollouts_per_prompt} rollouts "
-                f"/ {self.num_ranks} ranks); {fitting} would"
+                f"/ {_count(self.num_ranks, 'rank')}); {fitting} would"
             )
         return self
 
@@ -246,6 +245,26 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.num_problems = {self.evaluation.num_problems}: must be at most "
                 f"data.num_held_out = {self.data.num_held_out}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _verifier_knows_the_problems(self) -> Config:
+        if self.verifier.target.endswith("ReasoningGymVerifier") and (
+            self.data.source != "reasoning_gym"
+        ):
+            raise ValueError(
+                f"verifier = reasoning_gym: knows no problems of data.source = {self.data.source}; "
+                "use verifier=math, exact, multiple_choice, or your own"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_no_reference(self) -> Config:
+        if self.task == "evaluate" and self.self_reward.c_ref == "model":
+            raise ValueError(
+                "self_reward.c_ref = model: an evaluation has no reference beside the model; use "
+                "calibrated, or a number"
             )
         return self
 
@@ -350,12 +369,6 @@ def known_keys(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
         if isinstance(value, Mapping):
             keys |= known_keys(value, dotted + ".")
     return keys
-
-
-def suggestion(found: str, valid: set[str]) -> str:
-    """`; did you mean X?` for the nearest valid name, or an empty string."""
-    near = difflib.get_close_matches(found, sorted(valid), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:

@@ -26,9 +26,9 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The element-wise sum of a tensor over all ranks, with the tensor's own dtype and device."""
     if world_size() == 1:
         return tensor
-    total = tensor.clone()
+    total = tensor.clone().to(_device())
     dist.all_reduce(total)
-    return total
+    return total.to(tensor.device)
 
 
 def gather_over_ranks(value: list[T]) -> list[T]:
@@ -44,8 +44,7 @@ def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
     if world_size() == 1:
         return flag
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
+    return bool(sum_over_ranks(torch.tensor(int(flag))).item())
 
 
 def share_of_rank(items: list[T]) -> list[T]:
@@ -63,6 +62,11 @@ def derive_seed(*parts: int | str) -> int:
     """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _device() -> torch.device:
+    """Where the process group's tensors have to be: NCCL knows no CPU tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def _initialized() -> bool:

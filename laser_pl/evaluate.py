@@ -21,7 +21,7 @@ from laser_pl.models.loading import resolve_path
 from laser_pl.report import draw_evaluations, list_files, score_facts
 from laser_pl.rollout.callback import calibrate
 from laser_pl.rollout.scoring import add_scores
-from laser_pl.setup import Inputs, prepare_inputs, prepare_output_dir
+from laser_pl.setup import Inputs, check_output_dir, prepare_inputs, prepare_output_dir
 from laser_pl.train import build_collector, build_module, quieten_libraries
 from laser_pl.training.module import LaserModule
 
@@ -39,9 +39,10 @@ def evaluate(config: Config) -> int:
     start = time.perf_counter()
     quieten_libraries()
     console = Console()
-    config = with_exported_score(config)
-    folder = prepare_output_dir(config)
+    config = with_exported_score(config, console)
+    check_output_dir(config)
     inputs = prepare_inputs(config, console)
+    folder = prepare_output_dir(config)
     try:
         torch.manual_seed(config.seed)
         module = build_module(config, inputs)
@@ -59,12 +60,18 @@ def evaluate(config: Config) -> int:
     return 0
 
 
-def with_exported_score(config: Config) -> Config:
+def with_exported_score(config: Config, console: Console) -> Config:
     """The configuration with token, beta and c_ref of the model's self_reward.json, if any."""
     path = Path(resolve_path(config.model.path)) / "self_reward.json"
     if not path.is_file():
         return config
     facts = json.loads(path.read_text())
+    console.print(
+        f"score: {facts['special_token']}, beta {facts['beta']}, c_ref {facts['c_ref']:.2f}, from "
+        "the model's self_reward.json",
+        highlight=False,
+        markup=False,
+    )
     raw = config.model_dump(by_alias=True)
     raw["self_reward"] |= {
         "token": facts["token_id"],

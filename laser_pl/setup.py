@@ -141,11 +141,11 @@ def _check_token_is_unused(token_id: int, prompts: list[Prompt], config: Config)
             )
 
 
-def prepare_output_dir(config: Config) -> Path:
-    """Make the run's folder and put its config.yaml there.
+def check_output_dir(config: Config) -> None:
+    """Refuse a folder that holds another run, or anything else.
 
     Raises:
-        UserError: it holds another run, or cannot be written.
+        UserError: the folder is not empty, and is not the run to resume.
     """
     folder = Path(config.output_dir)
     is_used = folder.is_dir() and any(folder.iterdir())
@@ -155,6 +155,15 @@ def prepare_output_dir(config: Config) -> Path:
             f"output_dir = {folder}: already holds files, which are not overwritten; give a new "
             "folder, or resume=auto to go on with the run in it"
         )
+
+
+def prepare_output_dir(config: Config) -> Path:
+    """Make the run's folder and put its config.yaml there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
@@ -175,7 +184,9 @@ def check_disk(config: Config) -> None:
     """
     weights = num_parameters(config) * (4 if config.model.dtype == "float32" else 2)
     needed = weights * (3 * (config.checkpoint.keep_last + 1) + 1)
-    free = shutil.disk_usage(config.output_dir).free
+    folder = Path(config.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
             f"output_dir = {config.output_dir}: {free / 1e9:.1f} GB are free, and "

@@ -36,7 +36,13 @@ from laser_pl.rollout.callback import RolloutCallback
 from laser_pl.rollout.collect import Collector
 from laser_pl.rollout.engine import Sampling
 from laser_pl.rollout.hf_engine import HFEngine
-from laser_pl.setup import Inputs, check_disk, prepare_inputs, prepare_output_dir
+from laser_pl.setup import (
+    Inputs,
+    check_disk,
+    check_output_dir,
+    prepare_inputs,
+    prepare_output_dir,
+)
 from laser_pl.training.checkpoint import FOLDER, CheckpointCallback, find_checkpoint, step_of
 from laser_pl.training.module import LaserModule
 
@@ -58,10 +64,13 @@ def train(config: Config) -> int:
     checkpoint = find_checkpoint(config.resume, Path(config.output_dir))
     folder = Path(config.output_dir)
     if is_rank_zero(config):
-        prepare_output_dir(config)
+        check_output_dir(config)
     console.print(f"batch: {config.batch_equation()}", highlight=False)
     inputs = prepare_inputs(config, console)
     check_disk(config)
+    # Only now, so that a corrected command can use the same folder.
+    if is_rank_zero(config):
+        prepare_output_dir(config)
     try:
         return _Run(config, inputs, folder, console, checkpoint).fit(start)
     finally:

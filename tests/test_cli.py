@@ -55,6 +55,8 @@ MISTAKES = [
     (["task=trian"], "task = 'trian': must be 'train' or 'evaluate'"),
     (["~optimizer.lr"], "optimizer.lr: missing"),
     (["data=file"], "data.path: missing; give it with data.path=VALUE"),
+    (["data=file", "data.path=x.jsonl"], "verifier = reasoning_gym: knows no problems of"),
+    (["task=evaluate", "self_reward.c_ref=model"], "self_reward.c_ref = model: an evaluation has"),
     (["micro_batch_size=5"], "micro_batch_size = 5: must divide the 16 sequences of a rank"),
     (["trainer.devices=3"], "prompts_per_step = 4: must be a multiple of the 3 ranks"),
     (["evaluation.num_problems=9"], "evaluation.num_problems = 9: must be at most"),
@@ -66,7 +68,10 @@ MISTAKES = [
     (["self_reward.token='<|pad|>'"], "self_reward.token = <|pad|>: is the pad token"),
     (["self_reward.c_ref=-5", "self_reward.beta=0.1"], "self_reward.beta = 0.1 does not fit"),
     (["self_reward.c_ref=often"], "must be a valid number, or 'calibrated' or 'model'"),
-    (["data=file", "data.path=/no/such/file.jsonl"], "data.path = /no/such/file.jsonl"),
+    (
+        ["data=file", "verifier=exact", "data.path=/no/such/file.jsonl"],
+        "data.path = /no/such/file.jsonl",
+    ),
     (["data.name=chain_summ"], "chain_sum"),
     (["data.params={min_tems: 2}"], "data.params.min_tems"),
     (["model.path=/no/such/folder"], "model.path = /no/such/folder: no such folder"),
@@ -111,6 +116,11 @@ def test_a_folder_that_holds_another_run_is_not_touched(run, tmp_path):
     assert "already holds files" in lines[0]
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
     assert (folder / "notes.txt").read_text() == "precious"
+
+
+def test_a_corrected_command_can_use_the_same_folder(run, tmp_path):
+    assert run("self_reward.token=100000")[0] == 2
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_too_little_disk_is_told_before_the_weights_are_loaded(run, monkeypatch):

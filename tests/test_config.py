@@ -16,8 +16,9 @@ CHOICES = [
     for path in sorted(config_dir().glob("*/*.yaml"))
 ]  # fmt: skip
 NEEDED = {
-    ("data", "file"): ["data.path=x.jsonl"],
-    ("data", "hub"): ["data.name=x/y"],
+    ("data", "file"): ["data.path=x.jsonl", "verifier=math"],
+    ("data", "hub"): ["data.name=x/y", "verifier=math"],
+    ("data", "deepmath"): ["verifier=math"],
     ("model", "hf"): ["model.path=x", "self_reward.token=7"],
 }
 

@@ -69,9 +69,11 @@ METRICS: dict[str, Metric] = {
     ),
     "train/num_tokens": Metric("tokens", "response tokens trained on since the run began"),
     # The verifier
-    "verifier/timeouts": Metric("count", "verifications stopped at the time limit, scored 0"),
-    "verifier/crashes": Metric("count", "verifications whose process died, scored 0"),
-    "verifier/errors": Metric("count", "verifications that raised an exception, scored 0"),
+    "verifier/timeouts": Metric(
+        "count", "verifications stopped at the time limit so far, scored 0"
+    ),
+    "verifier/crashes": Metric("count", "verifications whose process died so far, scored 0"),
+    "verifier/errors": Metric("count", "verifications that raised an exception so far, scored 0"),
     "verifier/unparsed_fraction": Metric("fraction", "responses in which no answer was found"),
     # Wall time
     "time/rollout_s": Metric("s", "generating responses and reading their scores"),

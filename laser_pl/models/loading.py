@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from laser_pl.config import ModelConfig, suggestion
-from laser_pl.errors import UserError
+from laser_pl.config import ModelConfig
+from laser_pl.errors import UserError, suggestion
 
 BUILTIN = "builtin:"
 

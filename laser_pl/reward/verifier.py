@@ -234,8 +234,8 @@ class VerifierPool:
             problems: [N] the problem that each response answers.
             responses: [N] texts.
         Returns:
-            [N] verdicts, in order. For a verifier that gives only a reward the answer is the last
-            the last box.
+            [N] verdicts, in order. For a verifier that gives only a reward the answer is the
+            last box.
         Raises:
             UserError: the verifier raised, and on_error is "stop".
             ValueError: problems and responses differ in number.

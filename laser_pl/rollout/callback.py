@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from laser_pl.algorithm import partition_excess
 from laser_pl.config import Config, check_partition_excess
 from laser_pl.data.datamodule import PromptDataModule
-from laser_pl.distributed import derive_seed, gather_over_ranks, rank
+from laser_pl.distributed import derive_seed, gather_over_ranks, rank, sum_over_ranks
 from laser_pl.errors import UserError
 from laser_pl.evaluation.metrics import verification_metrics
 from laser_pl.logs.progress import set_phase
@@ -103,7 +103,8 @@ class RolloutCallback(Callback):
         rewards, scores, finished, tokens, unparsed, no_signal, mixed = table.unbind(dim=1)
         judged = verification_metrics(scores, rewards > 0.5)
         done = finished > 0.5
-        failures = self.collector.verifier.counts
+        counts = self.collector.verifier.counts
+        failures = zip(counts, sum_over_ranks(torch.tensor(list(counts.values()))), strict=True)
         metrics: dict[str, Tensor | float] = {
             "rollout/reward_mean": rewards.mean(),
             "rollout/finished_fraction": finished.mean(),
@@ -118,7 +119,7 @@ class RolloutCallback(Callback):
             "self_reward/advantages_mixed_fraction": mixed.mean(),
             "self_reward/loss_active": module.self_reward_active,
             "self_reward/integration_active": mixes(module.self_reward, module.step),
-            **{name.replace("num_", "verifier/"): count for name, count in failures.items()},
+            **{name.replace("num_", "verifier/"): count for name, count in failures},
             "verifier/unparsed_fraction": unparsed.mean(),
             "time/rollout_s": collected.rollout_s,
             "time/verify_s": collected.verify_s,

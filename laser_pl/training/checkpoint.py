@@ -51,8 +51,9 @@ class CheckpointCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save what an interrupt between two steps, as in an evaluation, would lose."""
-        if isinstance(exception, KeyboardInterrupt) and self._between_steps:
+        """Save what an interrupt or a failing verifier between two updates would lose."""
+        is_expected = isinstance(exception, KeyboardInterrupt | UserError)
+        if is_expected and self._between_steps:
             self._save(trainer, trainer.current_epoch)
 
     def _save(self, trainer: Trainer, step: int) -> None:

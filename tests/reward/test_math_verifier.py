@@ -6,7 +6,7 @@ import pytest
 
 from laser_pl.data.problem import Problem
 from laser_pl.reward.math_verifier import MathVerifier
-from laser_pl.reward.verifier import VerifierPool, canonical_answers
+from laser_pl.reward.verifier import Verdict, VerifierPool, canonical_answers
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 

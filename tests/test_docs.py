@@ -1,0 +1,101 @@
+"""The documentation says what the code says: metrics, keys, links, and the example that runs."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from laser_pl.cli import config_dir
+from laser_pl.config import known_keys
+from laser_pl.logs.names import METRICS, metrics_as_markdown
+from laser_pl.models import loading
+from laser_pl.training.checkpoint import export_model
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md")) + [path for path in [ROOT / "README.md"] if path.is_file()]
+TINY = Path(loading.__file__).parent / "tiny"
+
+
+def leaves(keys: set[str]) -> set[str]:
+    """The keys that are not a group of others."""
+    return {key for key in keys if not any(other.startswith(key + ".") for other in keys)}
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_table_of_metrics_is_the_one_of_the_code():
+    text = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    assert metrics_as_markdown() in text
+    # A row that was added to the page alone would stand beside it.
+    rows = re.findall(r"^\| `(\w+/\w+)` \|", text, flags=re.M)
+    assert rows == list(METRICS)
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("data=file", "data.path=x"), ("data=hub", "data.name=x")]
+)
+def test_every_key_is_documented(compose_config, overrides):
+    config = compose_config(*overrides).model_dump(by_alias=True)
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    missing = {key for key in leaves(known_keys(config)) if f"`{key}`" not in text}
+    assert not missing
+
+
+def test_every_choice_of_every_group_is_documented():
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    rows = {row[1]: row[0] for row in re.findall(r"^(\| `(\w+)` \|.*)$", text, flags=re.M)}
+    for path in config_dir().glob("*/*.yaml"):
+        group, choice = path.parent.name, path.stem
+        assert f"`{choice}`" in rows[group], f"{group}={choice}"
+
+
+def test_every_alias_of_a_token_is_documented():
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    for alias, token in loading.TOKEN_ALIASES.items():
+        escaped = token.replace("|", "\\|")
+        assert f"| `{alias}` | `{escaped}` |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", without_code(page))
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_the_example_that_reads_the_score_runs(tmp_path):
+    facts = {"special_token": "<|reserved_0|>", "token_id": 2, "beta": 0.5, "c_ref": -21.0}
+    export_model(
+        AutoModelForCausalLM.from_pretrained(TINY),
+        AutoTokenizer.from_pretrained(TINY),
+        facts | {"threshold": 0.5},
+        tmp_path / "model",
+    )
+    text = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- test: model folder -->\n```python\n(.*?)```", text, flags=re.S)
+    assert found
+    code = found[1].replace("outputs/mine/model", str(tmp_path / "model"))
+    names: dict[str, object] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(code, "outputs.md", "exec"), names)
+    expected = 0.5 * (float(names["logprobs"][2]) + 21.0)
+    verdict = "correct" if expected > 0.5 else "incorrect"
+    assert output.getvalue() == f"score {expected:.3f}, judged {verdict}\n"
