@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=["laser", "off"], help="self_reward=...")
     parser.add_argument("--output", type=Path, default=Path("outputs/embedded_default"))
-    parser.add_argument("overrides", nargs="*", help="further overrides, such as experiment=...")
+    parser.add_argument("--overrides", nargs="*", default=[], help="such as experiment=tiny_long")
     arguments = parser.parse_args()
     summaries: list[dict[str, Any]] = []
     for method in arguments.methods:
