@@ -320,6 +320,8 @@ def quieten_libraries() -> None:
     """Keep the libraries' chatter off the terminal; their errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed then has nothing to warn of
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
