@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from laser_pl.config import Config, known_keys, validate
-from laser_pl.errors import UserError, suggestion
+from laser_pl.errors import UserError, one_line, suggestion
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -40,16 +40,23 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     sys.argv[1:] = [open_mapping(argument) for argument in sys.argv[1:]]
     exit_codes: list[int] = []
+    has_started = False
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def job(composed: DictConfig) -> None:
+        nonlocal has_started
+        has_started = True
         # Caught here, so that a multirun's other jobs go on and Hydra prints nothing of its own.
         try:
             # Hydra's own folder: the job's in a multirun, that of rank 0 in its child processes.
             composed.output_dir = HydraConfig.get().runtime.output_dir
-            exit_codes.append(run_task(to_config(composed)))
+            config = to_config(composed)
+            check_resume(config, list(HydraConfig.get().overrides.task))
+            exit_codes.append(run_task(config))
         except (UserError, OmegaConfBaseException) as error:
             exit_codes.append(_tell(explain(error)))
+        if exit_codes[-1] >= EXIT_INTERRUPTED:
+            raise KeyboardInterrupt  # no further job of a multirun
 
     try:
         job()
@@ -57,6 +64,15 @@ def main() -> None:
         exit_codes.append(_tell(explain(error)))
     except KeyboardInterrupt:
         exit_codes.append(EXIT_INTERRUPTED)
+    except OSError as error:
+        if has_started:
+            raise
+        exit_codes.append(_tell(f"output_dir = {error.filename}: {error.strerror}; give another"))
+    except (ValueError, TypeError, AttributeError) as error:
+        if has_started:
+            raise
+        # Hydra composes `self_reward=5` and the like into an error of its own kind.
+        exit_codes.append(_tell(f"config: cannot be composed ({one_line(error)}); see --help"))
     sys.exit(max(exit_codes, default=0))
 
 
@@ -79,6 +95,19 @@ def to_config(composed: DictConfig) -> Config:
     if not isinstance(raw, Mapping):
         raise UserError("config: must be a mapping")
     return validate({str(key): value for key, value in raw.items() if key != "experiment"})
+
+
+def check_resume(config: Config, overrides: list[str]) -> None:
+    """Refuse `resume=auto` without a folder: the default one is new, and has nothing to resume.
+
+    Raises:
+        UserError: output_dir was not given.
+    """
+    is_given = any(override.startswith("output_dir=") for override in overrides)
+    if config.resume == "auto" and not (is_given or "WANDB_SWEEP_ID" in os.environ):
+        raise UserError(
+            "resume = auto: needs output_dir=FOLDER, the folder of the run to go on with"
+        )
 
 
 def run_task(config: Config) -> int:
@@ -104,7 +133,9 @@ def explain(error: Exception) -> str:
         near = suggestion(choice, set(options))
         return f"{group} = {choice}: no such choice of {', '.join(options)}{near}"
     if isinstance(error, OverrideParseException):
-        key, _, value = str(error.override).partition("=")
+        key, equals, value = str(error.override).partition("=")
+        if not equals:
+            return f"{key}: is no KEY=VALUE; see --help"
         return (
             f"{error.override}: cannot be read; a value with special characters needs quotes of "
             f"its own inside the shell's: \"{key}='{value}'\""

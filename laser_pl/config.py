@@ -109,7 +109,7 @@ class SelfRewardConfig(Section):
     tau: Fraction
     min_std: float = Field(ge=0)
     token: int | str
-    c_ref: float | Literal["calibrated", "model"]
+    c_ref: Annotated[float, Field(lt=0)] | Literal["calibrated", "model"]
     balanced: bool
     reasoning_warmup_steps: Count
     warmup_steps: Count
@@ -121,7 +121,7 @@ class SelfRewardConfig(Section):
 
     @model_validator(mode="after")
     def _beta_fits_a_constant_c_ref(self) -> SelfRewardConfig:
-        if not isinstance(self.c_ref, str):
+        if self.is_trained and not isinstance(self.c_ref, str):
             check_partition_excess(self.c_ref, self.beta)
         return self
 
@@ -187,7 +187,8 @@ class Config(Section):
     """Everything a run is made of; `conf/config.yaml` is its shape on disk."""
 
     task: Literal["train", "evaluate"]
-    seed: Count
+    # numpy takes no larger one.
+    seed: int = Field(ge=0, lt=2**32)
     prompts_per_step: Positive
     rollouts_per_prompt: Positive
     micro_batch_size: Positive
@@ -345,9 +346,14 @@ def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> tuple[str, str]:
     location = [str(part) for part in item["loc"]]
     if len(location) > 1 and location[0] in ("data", "logger"):
         del location[1]  # pydantic puts the name of the union's member here
-    key = ".".join(part for part in location if not part.startswith(_UNION_MEMBERS))
+    while location[1:] and (
+        location[-1] in ("int", "str", "float") or location[-1].startswith(_UNION_MEMBERS)
+    ):
+        location.pop()
+    key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        return key, "unknown key" + suggestion(key, known_keys(raw) - {key})
+        valid = {known for known in known_keys(raw) if not (known + ".").startswith(key + ".")}
+        return key, "unknown key" + suggestion(key, valid)
     if item["type"] == "missing":
         return key, "missing; give it a value"
     if item["type"] == "value_error":
@@ -356,8 +362,8 @@ def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> tuple[str, str]:
     return f"{key} = {item['input']!r}", message
 
 
-# What pydantic appends to a key to say which member of a union it tried.
-_UNION_MEMBERS = ("int", "str", "float", "literal[", "constrained-", "nullable")
+# What pydantic appends to a key, beside the plain types, to say which member of a union it tried.
+_UNION_MEMBERS = ("literal[", "constrained-", "nullable[")
 
 
 def known_keys(tree: Mapping[str, Any], prefix: str = "") -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import Progress
 
 from laser_pl.config import Config, validate
 from laser_pl.data.datamodule import PromptDataModule
+from laser_pl.errors import UserError, one_line
 from laser_pl.evaluation.held_out import Evaluation, evaluate_prompts
 from laser_pl.evaluation.report import evaluation_summary
 from laser_pl.logs.files import write_json_atomically
@@ -45,7 +47,10 @@ def evaluate(config: Config) -> int:
     folder = prepare_output_dir(config)
     try:
         torch.manual_seed(config.seed)
-        module = build_module(config, inputs)
+        if config.trainer.num_threads:
+            torch.set_num_threads(config.trainer.num_threads)
+        use_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        module = build_module(config, inputs).to("cuda" if use_gpu else "cpu")
         evaluation = _evaluate(config, inputs, module)
     finally:
         inputs.verifier.close()
@@ -65,7 +70,7 @@ def with_exported_score(config: Config, console: Console) -> Config:
     path = Path(resolve_path(config.model.path)) / "self_reward.json"
     if not path.is_file():
         return config
-    facts = json.loads(path.read_text())
+    facts = _read_facts(path)
     console.print(
         f"score: {facts['special_token']}, beta {facts['beta']}, c_ref {facts['c_ref']:.2f}, from "
         "the model's self_reward.json",
@@ -79,6 +84,14 @@ def with_exported_score(config: Config, console: Console) -> Config:
         "c_ref": facts["c_ref"],
     }
     return validate(raw)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text())
+        return {name: facts[name] for name in ("special_token", "token_id", "beta", "c_ref")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {one_line(error)}; export the model again") from None
 
 
 def _evaluate(config: Config, inputs: Inputs, module: LaserModule) -> Evaluation:

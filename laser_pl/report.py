@@ -19,6 +19,7 @@ from laser_pl.evaluation.plots import (
 from laser_pl.evaluation.report import EvaluationSamples, evaluation_summary, voting_curves
 from laser_pl.logs.files import write_json_atomically
 from laser_pl.logs.metrics_file import read_metrics
+from laser_pl.logs.samples import Sample, render_samples, telling_samples
 from laser_pl.logs.terminal import print_summary
 from laser_pl.setup import Inputs
 from laser_pl.training.checkpoint import export_model
@@ -33,6 +34,9 @@ def write_report(
     inputs: Inputs,
     before: EvaluationSamples | None,
     after: EvaluationSamples | None,
+    after_step: int | None,
+    lines: list[Sample],
+    export: bool,
     folder: Path,
     console: Console,
     steps: int,
@@ -46,7 +50,10 @@ def write_report(
         module: with the trained policy.
         inputs: tokenizer and score token.
         before: evaluation before the first step, None if the run did not get that far.
-        after: the latest evaluation.
+        after: the latest evaluation since, None if there is none.
+        after_step: the step after which it was made.
+        lines: responses of a full evaluation, of which two are shown.
+        export: write the model; not if its weights are not finite.
         folder: output_dir.
         console: where the table is printed.
         steps: steps that were made.
@@ -54,19 +61,21 @@ def write_report(
         time_s: seconds by phase; those of the steps are added from metrics.csv.
     """
     rows = read_metrics(folder / "metrics.csv")
-    if not math.isnan(module.c_ref):
+    if export and not math.isnan(module.c_ref):
         export_model(module.policy, inputs.tokenizer, score_facts(config, module, inputs),
                      folder / "model")  # fmt: skip
     (folder / "figures").mkdir(exist_ok=True)
     plot_training_curves(rows, folder / "figures")
-    if before is not None and after is not None:
-        draw_evaluations(before, after, folder / "figures")
+    shown = after or before
+    if shown is not None:
+        draw_evaluations(before if after else None, shown, folder / "figures")
     summary = {
         **_measures(before, after),
         **score_facts(config, module, inputs),
         "c_ref_std": module.c_ref_std,
         "partition_excess": partition_excess(module.c_ref, config.self_reward.beta),
         "steps": steps,
+        "evaluated_at_step": after_step,
         "seed": config.seed,
         "num_tokens": module.num_tokens,
         "num_bad_steps": module.num_bad_steps,
@@ -74,10 +83,10 @@ def write_report(
         "time": _times(rows, time_s),
     }
     write_json_atomically(folder / "summary.json", summary)
-    if before is not None and after is not None:
-        print_summary(
-            evaluation_summary(before), evaluation_summary(after), list_files(folder), console
-        )
+    if shown is not None:
+        console.print(render_samples(telling_samples(lines)))
+        first = evaluation_summary(_first(before, after)) if before and after else None
+        print_summary(first, evaluation_summary(shown), list_files(folder), console)
 
 
 def score_facts(config: Config, module: LaserModule, inputs: Inputs) -> dict[str, Any]:
@@ -114,6 +123,18 @@ def list_files(folder: Path) -> dict[str, str]:
         "tensorboard": "tensorboard --logdir",
     }
     return {str(folder / name): text for name, text in words.items() if (folder / name).exists()}
+
+
+def _first(before: EvaluationSamples, after: EvaluationSamples) -> EvaluationSamples:
+    """As many samples a problem as there are after training: votes of more would not compare."""
+    number = min(after.rewards.shape[1], before.rewards.shape[1])
+    return EvaluationSamples(
+        rewards=before.rewards[:, :number],
+        scores=before.scores[:, :number],
+        finished=before.finished[:, :number],
+        num_tokens=before.num_tokens[:, :number],
+        answers=[row[:number] for row in before.answers],
+    )
 
 
 def _measures(before: EvaluationSamples | None, after: EvaluationSamples | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -53,6 +54,8 @@ def prepare_inputs(config: Config, console: Console) -> Inputs:
     Raises:
         UserError: whatever of the input will not do.
     """
+    if config.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator = gpu: no GPU is there; use auto, or cpu")
     verifier = resolve_verifier(config.verifier.target, config.verifier.arguments)
     tokenizer = load_tokenizer(config.model)
     eos_ids = eos_token_ids(tokenizer, config.model)
@@ -155,6 +158,39 @@ def check_output_dir(config: Config) -> None:
             f"output_dir = {folder}: already holds files, which are not overwritten; give a new "
             "folder, or resume=auto to go on with the run in it"
         )
+    if is_used:
+        _check_same_run(config, yaml.safe_load((folder / "config.yaml").read_text()))
+
+
+# What may change when a run goes on: how long it is, where it logs, what it runs on.
+_FREE_KEYS = (
+    "task", "max_steps", "resume", "output_dir", "logger", "checkpoint", "trainer.devices",
+    "trainer.num_nodes", "trainer.num_threads", "trainer.accelerator",
+)  # fmt: skip
+
+
+def _check_same_run(config: Config, before: dict[str, Any]) -> None:
+    old, new = _leaves(before), _leaves(config.model_dump(mode="json", by_alias=True))
+    changed = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if not key.startswith(_FREE_KEYS) and old.get(key) != new.get(key)
+    ]
+    if changed:
+        details = ", ".join(f"{key} = {old.get(key)} there, {new.get(key)} here" for key in changed)
+        raise UserError(
+            f"resume = auto: {config.output_dir} holds a run with another configuration "
+            f"({details}); give the same, or a new output_dir"
+        )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, dict)
+        flat |= _leaves(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 def prepare_output_dir(config: Config) -> Path:

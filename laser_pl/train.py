@@ -68,7 +68,7 @@ def train(config: Config) -> int:
     console.print(f"batch: {config.batch_equation()}", highlight=False)
     inputs = prepare_inputs(config, console)
     check_disk(config)
-    # Only now, so that a corrected command can use the same folder.
+    # Only now, so that after a mistake so far the corrected command can use the same folder.
     if is_rank_zero(config):
         prepare_output_dir(config)
     try:
@@ -128,6 +128,7 @@ class _Run:
             logger.log_hyperparams(self.config.model_dump(mode="json", by_alias=True))
         if self.checkpoint is not None:
             self.console.print(f"resume: going on from {self.checkpoint}", highlight=False)
+        weights_are_finite = True
         with self.stop.graceful_interrupt():
             try:
                 self.trainer.fit(
@@ -135,16 +136,22 @@ class _Run:
                 )
             except SystemExit:  # Lightning's answer to a KeyboardInterrupt
                 self.stop.interrupted = self.stop.interrupted or signal.SIGINT
+            except FloatingPointError:
+                # A finite gradient can still make weights that are not; no later step mends them.
+                self.stop.diverged, weights_are_finite = True, False
         if self.trainer.is_global_zero:
-            self._report(time.perf_counter() - start)
+            self._report(time.perf_counter() - start, weights_are_finite)
         if isinstance(self.config.logger, WandbConfig):
             wandb.finish()  # the next run of a multirun is another one
         if self.stop.diverged:
-            self.console.print(
-                f"error: stopped after {self.module.num_bad_steps} steps whose loss or gradient "
-                "was not finite (trainer.max_bad_steps); a lower optimizer.lr may do",
-                style="red",
+            found = (
+                f"{self.module.num_bad_steps} steps whose gradient was not finite, more than "
+                f"trainer.max_bad_steps = {self.config.trainer.max_bad_steps}"
+                if weights_are_finite
+                else f"weights that are not finite after step {self.trainer.current_epoch}; the "
+                "checkpoints are of earlier steps"
             )
+            self.console.print(f"error: stopped: {found}; try a lower optimizer.lr", style="red")
             return EXIT_FAILED
         return 128 + self.stop.interrupted if self.stop.interrupted else 0
 
@@ -153,11 +160,11 @@ class _Run:
         main = not self.console.quiet
         samples = SamplesFile(self.folder / "samples.jsonl") if main else None
         metrics = MetricsFile(self.folder / "metrics.csv") if main else None
-        if self.checkpoint is not None:
-            # What the interrupted run wrote after its checkpoint is about to be made again.
-            for file in (samples, metrics):
-                if file is not None:
-                    file.truncate_after(step_of(self.checkpoint))
+        # What an interrupted run wrote after its checkpoint is about to be made again.
+        last_step = step_of(self.checkpoint) if self.checkpoint else -1
+        for file in (samples, metrics):
+            if file is not None:
+                file.truncate_after(last_step)
         collector = build_collector(config, inputs, self.module)
         self.rollout = RolloutCallback(collector, config, samples)
         self.evaluation = EvaluationCallback(
@@ -175,13 +182,16 @@ class _Run:
             ),
         ]
 
-    def _report(self, total_s: float) -> None:
+    def _report(self, total_s: float, weights_are_finite: bool) -> None:
         write_report(
             self.config,
             self.module,
             self.inputs,
             before=self.evaluation.before,
             after=self.evaluation.after,
+            after_step=self.evaluation.after_step,
+            lines=self.evaluation.lines,
+            export=weights_are_finite,
             folder=self.folder,
             console=self.console,
             steps=self.trainer.current_epoch,

@@ -1,5 +1,6 @@
 """Every mistake in the input ends with exit code 2 and one line, before any weight is loaded."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,6 +79,15 @@ MISTAKES = [
     (["model.path=builtin:big"], "model.path = builtin:big"),
     (["verifier._target_=no.such.function"], "verifier._target_ = no.such.function"),
     (["verifier.arguments={depth: 3}"], "depth"),
+    (["strategy.name=foo"], "strategy.name = 'foo': must be"),
+    (["evaluation.interim_samples_per_problem=0"], "evaluation.interim_samples_per_problem = 0:"),
+    (["seed=5000000000"], "seed = 5000000000: must be less than"),
+    (["self_reward=5"], "config: cannot be composed"),
+    (["foo"], "foo: is no KEY=VALUE"),
+    (["+new.key=1"], "new: unknown key"),
+    (["trainer.accelerator=gpu"], "trainer.accelerator = gpu: no GPU is there"),
+    (["output_dir=/proc/nothing"], "output_dir = /proc/nothing"),
+    (["self_reward.c_ref=0.5"], "self_reward.c_ref = 0.5: must be less than 0"),
     (["resume=/no/such.ckpt"], "resume = /no/such.ckpt: no such checkpoint"),
     (["data.max_prompt_tokens=2"], "data.max_prompt_tokens"),
 ]
@@ -131,11 +141,48 @@ def test_too_little_disk_is_told_before_the_weights_are_loaded(run, monkeypatch)
     assert "GB are free" in lines[0]
 
 
+def test_resume_auto_needs_a_folder(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "resume=auto", "hydra.run.dir=/tmp"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "resume = auto: needs output_dir=FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "broken.jsonl"),
+        ('{"problem": "1 + 1", "answer": "2"}\n{"problem": ', "broken.jsonl:2"),
+        ('{"question": "1 + 1", "answer": "2"}\n', "broken.jsonl:1"),
+    ],
+)
+def test_a_broken_data_file_is_told_with_its_line(run, tmp_path, text, where):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(text)
+    code, lines = run("data=file", f"data.path={path}", "verifier=exact", "data.num_held_out=1",
+                      "evaluation.num_problems=1")  # fmt: skip
+    assert code == 2
+    assert len(lines) == 1
+    assert where in lines[0]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_broken_self_reward_file_is_told(run, tmp_path, text):
+    folder = tmp_path / "model"
+    shutil.copytree(Path(loading.__file__).parent / "tiny", folder)
+    (folder / "self_reward.json").write_text(text)
+    code, lines = run("task=evaluate", f"model.path={folder}")
+    assert code == 2
+    assert "self_reward.json" in lines[0]
+
+
 def test_a_hub_name_without_a_network_is_told_at_once(run, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, lines = run("model.path=nobody/no-such-model")
     assert code == 2
-    assert lines[0].startswith("error: model.path = nobody/no-such-model: cannot be loaded")
+    assert lines[0].startswith("error: model.path = nobody/no-such-model: the Hugging Face hub")
+    assert len(lines) == 1
 
 
 def test_help_names_the_groups_and_the_usage(run, capsys):

@@ -44,11 +44,12 @@ def test_the_table_of_metrics_is_the_one_of_the_code():
 
 
 @pytest.mark.parametrize(
-    "overrides", [
+    "overrides",
+    [
         (),
         ("data=file", "data.path=x", "verifier=math"),
         ("data=hub", "data.name=x", "verifier=math"),
-    ]
+    ],
 )
 def test_every_key_is_documented(compose_config, overrides):
     config = compose_config(*overrides).model_dump(by_alias=True)

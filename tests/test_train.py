@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,37 @@ def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
     assert summary | {"time": None} == again | {"time": None}
 
 
+def test_resume_auto_after_a_crash_before_any_checkpoint_starts_anew(run, tmp_path):
+    _, whole = run(f"output_dir={tmp_path}/whole")
+    _, part = run(f"output_dir={tmp_path}/part")
+    shutil.rmtree(part / "checkpoints")
+    code, _ = run(f"output_dir={part}", "resume=auto")
+    assert code == 0
+    assert comparable(part) == comparable(whole)
+    assert (part / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_used(run, tmp_path):
+    _, whole = run(f"output_dir={tmp_path}/whole")
+    _, part = run(f"output_dir={tmp_path}/part")
+    newest = part / "checkpoints" / "step-000004.ckpt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match=r"step-000004.ckpt: is damaged; going on from .*000002"):
+        run(f"output_dir={part}", "resume=auto")
+    assert comparable(part) == comparable(whole)
+    newest.write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged"):
+        run(f"output_dir={tmp_path}/new", f"resume={newest}")
+
+
+def test_a_run_is_not_resumed_with_another_configuration(run, tmp_path):
+    _, folder = run(f"output_dir={tmp_path}/run")
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"\(seed = 0 there, 1 here, self_reward.token = .* here\)"):
+        run(f"output_dir={folder}", "resume=auto", "seed=1", "self_reward.token=tiny-reserved-1")
+    assert (folder / "config.yaml").read_text() == before
+
+
 def test_resume_auto_starts_anew_where_there_is_nothing(run):
     code, folder = run("resume=auto")
     assert code == 0
@@ -202,6 +234,15 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(run, monke
     rows = read_metrics(folder / "metrics.csv")
     assert [row["train/bad_steps"] for row in rows[1:]] == [0, 1, 1, 1]
     assert math.isfinite(rows[-1]["train/loss"])
+
+
+def test_weights_that_are_not_finite_end_the_run_with_what_there_is(run, capsys):
+    code, folder = run("optimizer.lr=1.0e10")
+    assert code == 1
+    assert "weights that are not finite" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] < 4
+    assert not (folder / "model").exists()
 
 
 def test_too_many_bad_steps_end_the_run_with_a_checkpoint(run, monkeypatch, capsys):
@@ -239,6 +280,8 @@ def test_ctrl_c_saves_tells_and_exits_with_130_and_the_run_goes_on(tmp_path):
     assert "interrupted" in output
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["interrupted"] is True
+    # What was not measured since the first step is not shown as measured.
+    assert (summary["evaluated_at_step"] is None) == ("accuracy" not in summary)
     assert (folder / "checkpoints" / f"step-{summary['steps']:06d}.ckpt").is_file()
     steps = summary["steps"]
     resumed = subprocess.run(

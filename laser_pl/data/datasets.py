@@ -6,10 +6,8 @@ the same if their texts are, whatever their white space.
 
 import math
 import random
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import Any, NamedTuple
 from laser_pl.data.files import Row, read_rows
 from laser_pl.data.problem import Problem
 from laser_pl.errors import UserError, one_line, suggestion
+from laser_pl.hub import hub_answers, only_the_cache
 
 MAX_DRAWS = 20
-HUB_PROBE_S = 5.0
 
 
 class Splits(NamedTuple):
@@ -269,9 +267,9 @@ def _hub_rows(name: str, subset: str | None, split: str, split_key: str) -> list
     # A second to import, and most runs read nothing from the hub.
     import datasets
 
-    is_offline = not Path(name).is_dir() and not _hub_answers()
+    is_offline = not Path(name).is_dir() and not hub_answers()
     try:
-        with _only_the_cache() if is_offline else nullcontext():
+        with only_the_cache() if is_offline else nullcontext():
             dataset = datasets.load_dataset(name, subset, split=split)
     except Exception as error:
         if is_offline:
@@ -287,36 +285,3 @@ def _hub_rows(name: str, subset: str | None, split: str, split_key: str) -> list
             key = f"data.subset = {subset}"
         raise UserError(f"{key}: {one_line(error)}") from error
     return [Row(f"{name} ({split}): row {i}", row) for i, row in enumerate(dataset, start=1)]
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached: one quick question, where the client would retry for 20 s."""
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        return False
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=HUB_PROBE_S).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-@contextmanager
-def _only_the_cache() -> Iterator[None]:
-    """Tell the hub's clients that there is no network; what the cache holds still loads."""
-    import datasets
-    import huggingface_hub
-
-    settings: list[Any] = [huggingface_hub.constants, datasets.config]
-    before = [module.HF_HUB_OFFLINE for module in settings]
-    try:
-        for module in settings:
-            module.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for module, value in zip(settings, before, strict=True):
-            module.HF_HUB_OFFLINE = value

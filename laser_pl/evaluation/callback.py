@@ -13,7 +13,7 @@ from laser_pl.data.datamodule import PromptDataModule
 from laser_pl.evaluation.held_out import Evaluation, evaluate_prompts
 from laser_pl.evaluation.report import EvaluationSamples, evaluation_summary, held_out_metrics
 from laser_pl.logs.progress import set_phase
-from laser_pl.logs.samples import SamplesFile
+from laser_pl.logs.samples import Sample, SamplesFile
 from laser_pl.logs.terminal import print_evaluation
 from laser_pl.rollout.collect import Collector
 from laser_pl.rollout.scoring import add_scores
@@ -46,33 +46,40 @@ class EvaluationCallback(Callback):
         self.console = console
         self.before: EvaluationSamples | None = None
         self.after: EvaluationSamples | None = None
+        self.after_step: int | None = None
+        self.lines: list[Sample] = []  # of the latest full evaluation
         self.evaluate_s = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate before the first step; a resumed run has that from its checkpoint."""
         if self.before is None:
             self.before = self._evaluate(trainer, pl_module, step=0)
-            self.after = self.before
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate every few steps, with fewer samples; after the last step comes the full one."""
         step, every = trainer.current_epoch + 1, self.config.evaluation.every_n_steps
         if every and step % every == 0 and step < self.config.max_steps:
-            self.after = self._evaluate(trainer, pl_module, step)
+            self._evaluate_after(trainer, pl_module, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the trained policy, unless the run was stopped before its last step."""
         if trainer.current_epoch >= self.config.max_steps:
-            self.after = self._evaluate(trainer, pl_module, self.config.max_steps)
+            self._evaluate_after(trainer, pl_module, self.config.max_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know of the evaluations before it."""
-        return {name: _pack(getattr(self, name)) for name in ("before", "after")}
+        packed = {name: _pack(getattr(self, name)) for name in ("before", "after")}
+        return {"samples": packed, "after_step": self.after_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the evaluations of the interrupted run up again."""
-        for name, packed in state_dict.items():
+        for name, packed in state_dict["samples"].items():
             setattr(self, name, _unpack(packed))
+        self.after_step = state_dict["after_step"]
+
+    def _evaluate_after(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        self.after = self._evaluate(trainer, pl_module, step)
+        self.after_step = step
 
     def _evaluate(
         self, trainer: Trainer, pl_module: LightningModule, step: int
@@ -90,6 +97,8 @@ class EvaluationCallback(Callback):
                 measured = {k: v for k, v in measured.items() if k not in _VOTES}
             pl_module.step_metrics.update(measured)
             pl_module.step_metrics["time/evaluate_s"] = elapsed
+        if full:
+            self.lines = evaluation.lines
         if self.samples is not None and full:
             self.samples.write(evaluation.lines)
         if self.console is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from laser_pl.config import ModelConfig
-from laser_pl.errors import UserError, suggestion
+from laser_pl.errors import UserError, one_line, suggestion
+from laser_pl.hub import hub_answers, only_the_cache
 
 BUILTIN = "builtin:"
 
@@ -199,20 +200,22 @@ def _token_id(token: int | str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
     path = resolve_path(config.path)
+    is_offline = not Path(path).is_dir() and not hub_answers()
     try:
-        return kind.from_pretrained(
-            path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            **arguments,
-        )
+        with only_the_cache() if is_offline else nullcontext():
+            return kind.from_pretrained(
+                path,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                **arguments,
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        hint = (
-            "check the folder"
-            if Path(path).is_dir()
-            else "download it first, or give a folder, if there is no network"
-        )
+        if is_offline:
+            raise UserError(
+                f"model.path = {config.path}: the Hugging Face hub cannot be reached, and this is "
+                "not in its cache; give a folder, or fill the cache where there is a network"
+            ) from None
         raise UserError(
-            f"model.path = {config.path}: cannot be loaded ({reason}); {hint}"
+            f"model.path = {config.path}: cannot be loaded ({one_line(error)}); check the folder "
+            "or the name"
         ) from None

@@ -144,7 +144,6 @@ def pad_rollouts(
         input_ids[row, span] = torch.tensor([*prompt, *rollout.response_ids])
         attention_mask[row, span] = True
         logprobs[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
-    zeros = torch.zeros(num_rows)
     return RolloutBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -154,11 +153,11 @@ def pad_rollouts(
         groups=torch.tensor([r.prompt_index for r in rollouts]),
         rollout_logprobs=logprobs,
         token_logprob=torch.tensor([r.token_logprob for r in rollouts]),
-        rewards=zeros,
-        c_ref=zeros,
+        rewards=torch.zeros(num_rows),
+        c_ref=torch.zeros(num_rows),
         reference_logprobs=torch.zeros(num_rows, num_columns),
-        scores=zeros,
-        verifier_advantages=zeros,
-        advantages=zeros,
-        class_weights=zeros,
+        scores=torch.zeros(num_rows),
+        verifier_advantages=torch.zeros(num_rows),
+        advantages=torch.zeros(num_rows),
+        class_weights=torch.zeros(num_rows),
     )

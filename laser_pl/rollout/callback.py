@@ -160,6 +160,8 @@ def calibrate(
     if not isinstance(config.self_reward.c_ref, str):
         module.c_ref = config.self_reward.c_ref
     beta = config.self_reward.beta
+    if not config.self_reward.is_trained:
+        return
     try:
         check_partition_excess(module.c_ref, beta)
     except ValueError as error:

@@ -203,8 +203,12 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tu
         tokens [B], and their log-probabilities [B] under softmax(logits / temperature). With
         top_p < 1 the tokens come from the nucleus, the log-probabilities stay those of the whole
         distribution, which is what the training forward computes.
+    Raises:
+        FloatingPointError: a logit is NaN or +infinite, so that there is nothing to sample from.
     """
     logprobs = torch.log_softmax(logits / sampling.temperature, dim=-1)
+    if logprobs.isnan().any():
+        raise FloatingPointError("the policy's logits are not finite")
     probabilities = logprobs.exp()
     if sampling.top_p < 1:
         probabilities = _nucleus(probabilities, sampling.top_p)

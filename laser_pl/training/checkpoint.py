@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -81,13 +83,27 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
         return None
     if resume == "auto":
         found = list_checkpoints(output_dir / FOLDER)
-        return found[-1] if found else None
+        whole = next((path for path in reversed(found) if is_whole(path)), None)
+        if found and whole != found[-1]:
+            warnings.warn(f"{found[-1]}: is damaged; going on from {whole}", stacklevel=2)
+        return whole
     path = Path(resume)
     if not path.is_file() or not path.match("step-*.ckpt"):
         raise UserError(
             f"resume = {resume}: no such checkpoint; give a file step-NUMBER.ckpt, or auto"
         )
+    if not is_whole(path):
+        raise UserError(f"resume = {resume}: is damaged; give an earlier one, or auto")
     return path
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be read; its tensors are mapped, not loaded."""
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # what a damaged file raises depends on where the damage is
+        return False
+    return True
 
 
 def step_of(checkpoint: Path) -> int:

@@ -241,7 +241,7 @@ class LaserModule(LightningModule):
         return totals.num_tokens if by_token else totals.num_sequences
 
     def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach().double()
+        value = value.detach().float()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
 
