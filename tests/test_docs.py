@@ -104,3 +104,29 @@ def test_the_example_that_reads_the_score_runs(tmp_path):
     expected = 0.5 * (float(names["logprobs"][2]) + 21.0)
     verdict = "correct" if expected > 0.5 else "incorrect"
     assert output.getvalue() == f"score {expected:.3f}, judged {verdict}\n"
+
+
+def test_the_defaults_that_are_documented_are_those_of_the_code(compose_config):
+    config = compose_config()
+    values = flat(config.model_dump(mode="json", by_alias=True))
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| [^\n]*? \| ((?:[^|\n])*?) \| ", text, flags=re.M)
+    numbers = {
+        key: shown
+        for key, shown in rows
+        if isinstance(values.get(key), int | float) and not isinstance(values[key], bool)
+    }
+    assert len(numbers) > 25
+    wrong = {k: (shown, values[k]) for k, shown in numbers.items() if float(shown) != values[k]}
+    assert not wrong
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested mappings as one, with dotted keys."""
+    result = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = value
+    return result
