@@ -261,11 +261,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _evaluation_has_no_reference(self) -> Config:
+    def _evaluation_is_of_one_model_in_one_process(self) -> Config:
         if self.task == "evaluate" and self.self_reward.c_ref == "model":
             raise ValueError(
                 "self_reward.c_ref = model: an evaluation has no reference beside the model; use "
                 "calibrated, or a number"
+            )
+        if self.task == "evaluate" and self.num_ranks > 1:
+            raise ValueError(
+                f"trainer.devices x trainer.num_nodes = {self.num_ranks}: task=evaluate runs in "
+                "one process; use 1"
             )
         return self
 

@@ -57,6 +57,7 @@ MISTAKES = [
     (["~optimizer.lr"], "optimizer.lr: missing"),
     (["data=file"], "data.path: missing; give it with data.path=VALUE"),
     (["data=file", "data.path=x.jsonl"], "verifier = reasoning_gym: knows no problems of"),
+    (["task=evaluate", "trainer.devices=2"], "task=evaluate runs in one process; use 1"),
     (["task=evaluate", "self_reward.c_ref=model"], "self_reward.c_ref = model: an evaluation has"),
     (["micro_batch_size=5"], "micro_batch_size = 5: must divide the 16 sequences of a rank"),
     (["trainer.devices=3"], "prompts_per_step = 4: must be a multiple of the 3 ranks"),
