@@ -179,7 +179,7 @@ def test_a_broken_self_reward_file_is_told(run, tmp_path, text):
 
 
 def test_a_hub_name_without_a_network_is_told_at_once(run, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(loading, "hub_answers", lambda: False)
     code, lines = run("model.path=nobody/no-such-model")
     assert code == 2
     assert lines[0].startswith("error: model.path = nobody/no-such-model: the Hugging Face hub")

@@ -10,6 +10,7 @@ import pytest
 from laser_pl.data import datasets as sources
 from laser_pl.data.datasets import Splits, load_file, load_hub, load_reasoning_gym
 from laser_pl.errors import UserError
+from laser_pl.hub import hub_answers
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -288,7 +289,7 @@ def test_a_wrong_split_or_subset_is_told_by_its_key(
 
 
 def test_no_network_fails_fast_and_says_what_would_do(monkeypatch):
-    monkeypatch.setattr(sources, "_hub_answers", lambda: False)
+    monkeypatch.setattr(sources, "hub_answers", lambda: False)
     start = time.perf_counter()
     with pytest.raises(UserError) as caught:
         load_hub("nobody/nothing", None, "train", None, "problem", "answer", None, 3, 0)
@@ -305,6 +306,6 @@ def test_a_hub_that_does_not_answer_is_noticed(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port is closed
-    assert not sources._hub_answers()
+    assert not hub_answers()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not sources._hub_answers()
+    assert not hub_answers()
