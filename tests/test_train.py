@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -394,3 +395,15 @@ def test_evaluating_the_exported_model_reads_its_own_score(run, compose_config, 
     assert summary["num_samples"] == 16
     names = {path.name for path in (tmp_path / "evaluated").iterdir()}
     assert names == {"config.yaml", "summary.json", "samples.jsonl", "figures"}
+
+
+def test_over_long_prompts_are_dropped_with_a_line_that_says_how_many(run, capsys):
+    # Prompts of 4 terms have 9 tokens, those of 5 and 6 terms more.
+    code, _ = run("data.max_prompt_tokens=10", "max_steps=1", "data.num_held_out=24")
+    assert code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    found = re.search(
+        r"data: dropped (\d+) of 64 training problems: their prompts are longer", text
+    )
+    assert found is not None
+    assert 20 < int(found[1]) < 60
