@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 
-from laser_pl.config import Config, WandbConfig
+from laser_pl.config import Config
 from laser_pl.data.datamodule import PromptDataModule
 from laser_pl.distributed import any_rank
 from laser_pl.evaluation.callback import EvaluationCallback
@@ -71,10 +71,14 @@ def train(config: Config) -> int:
     # Only now, so that after a mistake so far the corrected command can use the same folder.
     if is_rank_zero(config):
         prepare_output_dir(config)
+    exit_code = EXIT_FAILED
     try:
-        return _Run(config, inputs, folder, console, checkpoint).fit(start)
+        exit_code = _Run(config, inputs, folder, console, checkpoint).fit(start)
     finally:
         inputs.verifier.close()
+        if wandb.run is not None:
+            wandb.finish(exit_code)  # the next run of a multirun is another one
+    return exit_code
 
 
 class _Run:
@@ -141,8 +145,6 @@ class _Run:
                 self.stop.diverged, weights_are_finite = True, False
         if self.trainer.is_global_zero:
             self._report(time.perf_counter() - start, weights_are_finite)
-        if isinstance(self.config.logger, WandbConfig):
-            wandb.finish()  # the next run of a multirun is another one
         if self.stop.diverged:
             found = (
                 f"{self.module.num_bad_steps} steps whose gradient was not finite, more than "
@@ -269,7 +271,6 @@ def build_module(config: Config, inputs: Inputs) -> LaserModule:
         config.optimizer,
         config.rollout.temperature,
         config.max_steps,
-        config.trainer.max_bad_steps,
     )
 
 

@@ -326,6 +326,20 @@ def test_a_multirun_makes_a_run_for_each_value(tmp_path):
         assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
 
 
+def test_a_job_of_a_multirun_that_fails_leaves_the_next_a_wandb_run_of_its_own(tmp_path):
+    command = [
+        sys.executable, str(ROOT / "run.py"), "--multirun", *SMALL, "max_steps=1",
+        "self_reward.beta=0.03,0.5", f"hydra.sweep.dir={tmp_path}/sweep",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "self_reward.beta = 0.03 does not fit" in done.stderr
+    for job in (0, 1):
+        assert len(list((tmp_path / "sweep" / str(job) / "wandb").glob("offline-run-*"))) == 1
+    assert (tmp_path / "sweep" / "1" / "summary.json").is_file()
+
+
 def test_two_ranks_make_one_run(tmp_path):
     folder = tmp_path / "two"
     command = [

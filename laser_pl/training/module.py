@@ -57,7 +57,6 @@ class LaserModule(LightningModule):
         optimizer: AdamW and its schedule.
         temperature: of the rollouts; the log-probs are of the distribution sampled from.
         max_steps: steps of the run, for the schedule.
-        max_bad_steps: steps with a gradient that is not finite before the run is to stop.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class LaserModule(LightningModule):
         optimizer: OptimizerConfig,
         temperature: float,
         max_steps: int,
-        max_bad_steps: int,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # the reference is not in checkpoints
@@ -82,7 +80,6 @@ class LaserModule(LightningModule):
         self.optimizer_config = optimizer
         self.temperature = temperature
         self.max_steps = max_steps
-        self.max_bad_steps = max_bad_steps
         # Measured before the first update; a constant in the configuration takes c_ref's place.
         self.c_ref = math.nan
         self.c_ref_std = math.nan

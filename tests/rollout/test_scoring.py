@@ -35,7 +35,7 @@ def make_module(make_model, config, with_reference: bool = False) -> LaserModule
     reference = make_model(seed=7) if with_reference else None
     module = LaserModule(
         make_model(), reference, SCORE_TOKEN, config.algorithm, config.self_reward,
-        config.optimizer, temperature=1.0, max_steps=1, max_bad_steps=0,
+        config.optimizer, temperature=1.0, max_steps=1,
     )  # fmt: skip
     module.c_ref = -10.0
     return module

@@ -45,7 +45,7 @@ def make_batch(num_groups: int = 4, seed: int = 0) -> RolloutBatch:
 def make_module(model, config: Config, max_steps: int = 10) -> LaserModule:
     module = LaserModule(
         model, None, SCORE_TOKEN, config.algorithm, config.self_reward, config.optimizer,
-        temperature=1.0, max_steps=max_steps, max_bad_steps=1,
+        temperature=1.0, max_steps=max_steps,
     )  # fmt: skip
     return module
 
