@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 from laser_pl.config import ModelConfig
 from laser_pl.errors import UserError, one_line, suggestion
 from laser_pl.hub import hub_answers, only_the_cache
+from laser_pl.models.lora import add_adapter
 
 BUILTIN = "builtin:"
 
@@ -89,56 +91,95 @@ def load_settings(config: ModelConfig) -> PretrainedConfig:
     return settings
 
 
-def load_policy(config: ModelConfig) -> PreTrainedModel:
+def load_policy(
+    config: ModelConfig, deepspeed_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
     """The causal language model at `model.path`, with its weights, in training mode.
 
+    Args:
+        config: which model, and whether it gets an adapter.
+        deepspeed_config: of ZeRO-3, whose ranks keep a share of each weight as it is read; None
+            loads the whole model.
     Raises:
-        UserError: there is no such model, no network, weights are missing or broken, or its head is
-            not a plain linear layer.
+        UserError: there is no such model, no network, weights are missing or broken, its head is
+            not a plain linear layer, or the adapter does not fit it.
     """
-    model, loading = _from_pretrained(
-        AutoModelForCausalLM,
-        config,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-        output_loading_info=True,
-    )
+    model: PreTrainedModel
+    with sharded_loading(deepspeed_config):
+        model, loading = _from_pretrained(
+            AutoModelForCausalLM,
+            config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            output_loading_info=True,
+        )
     if missing := sorted(loading["missing_keys"]):
         # transformers fills them with random numbers and only warns.
         raise UserError(
             f"model.path = {config.path}: its files lack {len(missing)} weights, such as "
             f"{missing[0]}; check the folder"
         )
-    check_head(model, config.path)
+    check_head(model, config.path, is_sharded=deepspeed_config is not None)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora.enabled:
+        add_adapter(model, config.lora)
     return model.train()
 
 
-def check_head(model: PreTrainedModel, path: str) -> None:
+@contextmanager
+def sharded_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
+    """Let transformers keep only this rank's share of each weight that it makes or reads."""
+    if deepspeed_config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    # transformers looks at the living object, so it has to have a name until the end.
+    switch = HfDeepSpeedConfig(deepspeed_config)
+    try:
+        yield
+    finally:
+        del switch
+
+
+def check_head(model: PreTrainedModel, path: str, is_sharded: bool) -> None:
     """Refuse a model whose logits are not its output embedding applied to the last hidden state.
 
     The training forward applies the head to the response positions only, in chunks; a model that
     scales or caps its logits afterwards would silently get other log-probabilities.
 
+    Args:
+        model: with its weights.
+        path: for the message.
+        is_sharded: no rank has the weights to try it, so that only the settings are looked at.
     Raises:
-        UserError: the logits differ on a short input.
+        UserError: the settings say so, or the logits differ on a short input.
     """
+    # A cap hardly acts on the small logits of a short input, so the settings are looked at, too.
+    changes = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+    is_plain = all(
+        getattr(model.config, name, None) in (None, neutral) for name, neutral in changes.items()
+    )
+    if not is_plain or not (is_sharded or _head_gives_logits(model)):
+        raise UserError(
+            f"model.path = {path}: {type(model).__name__} changes its logits after the output "
+            "layer, which is not supported"
+        )
+
+
+def _head_gives_logits(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
+    if head is None:
+        return False
     ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        plain = head(model.base_model(input_ids=ids).last_hidden_state) if head else None
+        plain = head(model.base_model(input_ids=ids).last_hidden_state)
     model.train(was_training)
-    # A cap hardly acts on the small logits of a short input, so its setting is looked at, too.
-    is_capped = getattr(model.config, "final_logit_softcapping", None) is not None
-    if plain is None or is_capped or not torch.allclose(logits, plain, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"model.path = {path}: {type(model).__name__} changes its logits after the output "
-            "layer, which is not supported"
-        )
+    return torch.allclose(logits, plain, rtol=1e-3, atol=1e-3)
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> tuple[int, ...]:

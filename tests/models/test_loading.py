@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from laser_pl.config import ModelConfig
+from laser_pl.config import LoraConfig, ModelConfig
 from laser_pl.errors import UserError
 from laser_pl.models.loading import (
     check_head,
@@ -32,7 +32,10 @@ EOS_IDS = (1,)
 def model_config(path: object, **changes: object) -> ModelConfig:
     settings = {
         "path": str(path), "revision": None, "dtype": "float32", "attn_implementation": "sdpa",
-        "gradient_checkpointing": False, "trust_remote_code": False,
+        "gradient_checkpointing": False, "trust_remote_code": False, "architecture": None,
+        "lora": LoraConfig(
+            enabled=False, rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear"
+        ),
     }  # fmt: skip
     return ModelConfig(**settings | changes)
 
@@ -147,13 +150,13 @@ def test_a_model_that_changes_its_logits_is_refused(config):
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
     with pytest.raises(UserError, match=r"^model\.path = here: .* changes its logits"):
-        check_head(model, "here")
+        check_head(model, "here", is_sharded=False)
 
 
 def test_the_same_model_without_the_change_is_accepted():
     torch.manual_seed(0)
     config = Gemma2Config(**SMALL, final_logit_softcapping=None)
-    check_head(AutoModelForCausalLM.from_config(config), "here")
+    check_head(AutoModelForCausalLM.from_config(config), "here", is_sharded=False)
 
 
 def drop_weight(folder):

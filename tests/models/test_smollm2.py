@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from laser_pl.config import ModelConfig
 from laser_pl.errors import UserError
 from laser_pl.models import smollm2
 from laser_pl.models.loading import eos_token_ids, load_tokenizer, resolve_token
@@ -109,11 +108,8 @@ def converted():
     return smollm2.converted_folder()
 
 
-def test_the_tokens_of_smollm2_are_right(converted):
-    config = ModelConfig(
-        path="builtin:smollm2-135m", revision=None, dtype="float32", attn_implementation="sdpa",
-        gradient_checkpointing=False, trust_remote_code=False,
-    )  # fmt: skip
+def test_the_tokens_of_smollm2_are_right(converted, compose_config):
+    config = compose_config("model=smollm2-135m").model
     tokenizer = load_tokenizer(config)
     eos_ids = eos_token_ids(tokenizer, config)
     assert tokenizer.convert_ids_to_tokens(list(eos_ids)) == ["<|im_end|>"]
