@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from laser_pl.rollout.engine import Rollout
 
@@ -95,11 +96,6 @@ class RolloutBatch:
         """The sequences at `index` [B], without the columns that are padding for all of them."""
         return self._map(lambda tensor: tensor[index])._trim()
 
-    def micro_batches(self, size: int) -> list[RolloutBatch]:
-        """Cut into micro-batches of `size`, sequences of like length together to pad less."""
-        order = self.attention_mask.sum(dim=1).argsort(stable=True)
-        return [self.select(order[start : start + size]) for start in range(0, len(order), size)]
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> RolloutBatch:
         changed: dict[str, Any] = {
             name: function(value) if isinstance(value, Tensor) else value
@@ -121,6 +117,29 @@ class RolloutBatch:
             reference_logprobs=self.reference_logprobs[:, :num_tokens],
         )
         return RolloutBatch(**{**vars(self), **trimmed})
+
+
+def join(groups: Sequence[RolloutBatch]) -> RolloutBatch:
+    """The sequences of several groups, each of one prompt, as one batch with groups 0, 1, ..."""
+    prompt_length = max(group.prompt_length for group in groups)
+    num_columns = max(group.response_mask.shape[1] for group in groups)
+    joined: dict[str, Any] = {"prompt_length": prompt_length}
+    for name, first in vars(groups[0]).items():
+        if not isinstance(first, Tensor):
+            continue
+        parts = [getattr(group, name) for group in groups]
+        if name in ("input_ids", "attention_mask"):
+            parts = [
+                pad(part, (prompt_length - group.prompt_length,
+                           num_columns - group.response_mask.shape[1]))
+                for part, group in zip(parts, groups, strict=True)
+            ]  # fmt: skip
+        elif first.dim() == 2:
+            parts = [pad(part, (0, num_columns - part.shape[1])) for part in parts]
+        joined[name] = torch.cat(parts)
+    sizes = torch.tensor([len(group) for group in groups])
+    joined["groups"] = torch.arange(len(groups)).repeat_interleave(sizes)
+    return RolloutBatch(**joined)
 
 
 def pad_rollouts(

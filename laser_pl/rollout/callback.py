@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,16 +14,26 @@ from transformers import PreTrainedTokenizerBase
 from laser_pl.algorithm import partition_excess
 from laser_pl.config import Config, check_partition_excess
 from laser_pl.data.datamodule import PromptDataModule
-from laser_pl.distributed import derive_seed, gather_over_ranks, rank, sum_over_ranks
+from laser_pl.distributed import (
+    any_rank,
+    derive_seed,
+    gather_over_ranks,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from laser_pl.errors import UserError
 from laser_pl.evaluation.metrics import verification_metrics
 from laser_pl.logs.progress import set_phase
 from laser_pl.logs.samples import Sample, SamplesFile
+from laser_pl.rollout.batch import RolloutBatch
 from laser_pl.rollout.collect import Collected, Collector
+from laser_pl.rollout.micro_batches import deal_groups, make_plan
 from laser_pl.rollout.scoring import (
     add_advantages,
     add_class_weights,
     add_scores,
+    is_trained,
     mixes,
     step_totals,
 )
@@ -45,12 +55,20 @@ class RolloutCallback(Callback):
         collector: generates and verifies.
         config: batch sizes, algorithm, self-reward, seed.
         samples: where a few rollouts of each step are kept; None on other ranks.
+        tell: shows a line to the user.
     """
 
-    def __init__(self, collector: Collector, config: Config, samples: SamplesFile | None) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        config: Config,
+        samples: SamplesFile | None,
+        tell: Callable[[str], None],
+    ) -> None:
         self.collector = collector
         self.config = config
         self.samples = samples
+        self.tell = tell
         self.calibrate_s = 0.0
         self._step_start = 0.0
         self._update_start = 0.0
@@ -63,6 +81,9 @@ class RolloutCallback(Callback):
             start = time.perf_counter()
             calibrate(module, self.collector, data, self.config)
             self.calibrate_s = time.perf_counter() - start
+            if not module.needs_reference:
+                self.tell(_reference_line(module))
+        warn_of_rounding(module, self.config.optimizer.lr)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the step's batch from the current weights."""
@@ -71,22 +92,34 @@ class RolloutCallback(Callback):
         set_phase(trainer, "rollout")
         # Dropout, where a model has it, then depends on the step alone too.
         torch.manual_seed(derive_seed(self.config.seed, "update", module.step, rank()))
-        collected = self.collector.collect(
-            data.prompts_of_step(module.step),
-            self.config.rollouts_per_prompt,
-            derive_seed(self.config.seed, "rollout", module.step, rank()),
-        )
-        batch = collected.batch
-        add_scores(batch, module, self.config.micro_batch_size)
+        with self.collector.engine.weights_of(module.policy):
+            collected = self.collector.collect(
+                data.prompts_of_step(module.step),
+                self.config.rollouts_per_prompt,
+                derive_seed(self.config.seed, "rollout", module.step, rank()),
+            )
+        batch, settings = collected.batch, module.policy.config
+        add_scores(batch, module, lambda: make_plan(batch, self.config, settings))
         add_advantages(batch, self.config.algorithm, self.config.self_reward, module.step)
         add_class_weights(batch)
-        micro_batches = batch.micro_batches(self.config.micro_batch_size)
-        data.loader.micro_batches = micro_batches
+        trained = self._trained(batch, module)
+        plan = make_plan(trained, self.config, settings)
+        data.loader.put([trained.select(rows) for rows in plan.parts], trainer)
         module.step_metrics = self._metrics(collected, module)
-        module.begin_step(step_totals(batch, len(micro_batches)))
+        module.step_metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        module.step_metrics["train/skipped_fraction"] = 1 - len(trained) / len(batch)
+        module.begin_step(step_totals(batch, trained, len(plan.parts)), plan.layout)
         self._keep_samples(collected, module.step)
         set_phase(trainer, "update")
         self._update_start = time.perf_counter()
+
+    def _trained(self, batch: RolloutBatch, module: LaserModule) -> RolloutBatch:
+        """The sequences that this rank trains on."""
+        wanted = is_trained(batch, self.config, module)
+        by_tokens = self.config.training.max_tokens_per_micro_batch is not None
+        if any_rank(not bool(wanted.all())) or (by_tokens and world_size() > 1):
+            return deal_groups(batch, wanted)
+        return batch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the step's own sums and times to its metrics."""
@@ -135,6 +168,35 @@ class RolloutCallback(Callback):
 _JUDGED = ("f1", "auroc", "accuracy", "accuracy_on_correct", "accuracy_on_incorrect")
 
 
+def _reference_line(module: LaserModule) -> str:
+    """What it saves that no reference is kept: the policy was its own before the first update."""
+    held = (getattr(p, "ds_tensor", p) for p in module.policy.parameters())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return (
+        f"reference: c_ref {module.c_ref:.2f} is known and there is no KL term, so that none is "
+        f"kept: {size / 1e6:,.1f} MB given back on each rank"
+    )
+
+
+def warn_of_rounding(module: LaserModule, lr: float) -> None:
+    """Warn if most updates are lost because the weights are bfloat16 without float32 copies.
+
+    AdamW moves a weight by about lr; a bfloat16 number w does not move by less than |w| / 512.
+    """
+    parameters = list(module.trainable_parameters().values())
+    if module.strategy_clips or parameters[0].dtype != torch.bfloat16:
+        return  # DeepSpeed keeps float32 master weights
+    lost = sum(int((p.detach().abs() > 512 * lr).sum()) for p in parameters)
+    share = lost / sum(p.numel() for p in parameters)
+    if share > 0.5:
+        warnings.warn(
+            f"optimizer.lr = {lr:g}: too small for weights in bfloat16, which round {share:.0%} of "
+            "the updates away; use trainer.precision=bf16-mixed with model.dtype=float32, or a "
+            "deepspeed strategy, which keeps float32 master weights",
+            stacklevel=2,
+        )
+
+
 def calibrate(
     module: LaserModule, collector: Collector, data: PromptDataModule, config: Config
 ) -> None:
@@ -147,9 +209,11 @@ def calibrate(
         UserError: no response finished, or beta does not fit the token (Z - 1 too large).
     """
     seed = derive_seed(config.seed, "calibrate", rank())
-    batch = collector.generate(data.prompts_of_step(1), config.rollouts_per_prompt, seed)
+    with collector.engine.weights_of(module.policy):
+        batch = collector.generate(data.prompts_of_step(1), config.rollouts_per_prompt, seed)
     measured = torch.tensor(gather_over_ranks(batch.token_logprob[batch.finished].tolist()))
-    if len(measured) == 0:
+    given = config.self_reward.c_ref
+    if len(measured) == 0 and isinstance(given, str):
         raise UserError(
             f"rollout.max_response_tokens = {config.rollout.max_response_tokens}: none of "
             f"{config.num_sequences} responses ended with EOS within it, so that there is no score "
@@ -157,8 +221,8 @@ def calibrate(
         )
     module.c_ref = float(measured.mean())
     module.c_ref_std = float(measured.std()) if len(measured) > 1 else 0.0
-    if not isinstance(config.self_reward.c_ref, str):
-        module.c_ref = config.self_reward.c_ref
+    if not isinstance(given, str):
+        module.c_ref = given
     beta = config.self_reward.beta
     if not config.self_reward.is_trained:
         return

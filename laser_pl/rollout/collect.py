@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from laser_pl.data.problem import Prompt
 from laser_pl.reward.verifier import Verdict, VerifierPool
 from laser_pl.rollout.batch import RolloutBatch, pad_rollouts
-from laser_pl.rollout.engine import RolloutEngine, Sampling
+from laser_pl.rollout.engine import Rollout, RolloutEngine, Sampling
+
+# Texts and verdicts.
+_Verified = tuple[list[str], list[Verdict]]
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Collected:
         responses: [N] texts, without special tokens.
         verdicts: [N] rewards and extracted answers.
         rollout_s: seconds of generation.
-        verify_s: seconds of verification.
+        verify_s: seconds of verification after the last response was there.
     """
 
     prompts: list[Prompt]
@@ -71,26 +75,51 @@ class Collector:
         return pad_rollouts(rollouts, token_ids, int(self.tokenizer.pad_token_id))
 
     def collect(self, prompts: Sequence[Prompt], rollouts_per_prompt: int, seed: int) -> Collected:
-        """Sample responses and verify them.
+        """Sample responses and verify them, those that finish early while the rest are sampled.
 
         Raises:
             UserError: the verifier failed, and the configuration says to stop then.
         """
         start = time.perf_counter()
-        batch = self.generate(prompts, rollouts_per_prompt, seed)
-        generated = time.perf_counter()
-        responses = self._texts(batch)
-        problems = [prompts[int(group)].problem for group in batch.groups]
-        verdicts = self.verifier.verify(problems, responses)
+        token_ids = [prompt.token_ids for prompt in prompts]
+        early: list[tuple[list[Rollout], Future[_Verified]]] = []
+        # One thread, since the pool is asked for one thing at a time; the work is in its processes.
+        background = ThreadPoolExecutor(max_workers=1)
+
+        def verify(rollouts: list[Rollout]) -> None:
+            early.append((rollouts, background.submit(self._verify, prompts, rollouts)))
+
+        has_processes = self.verifier.num_workers > 0
+        try:
+            rollouts = self.engine.generate(
+                token_ids,
+                rollouts_per_prompt,
+                self.sampling,
+                seed,
+                on_finished=verify if has_processes else None,
+            )
+            generated = time.perf_counter()
+            parts = [(some, future.result()) for some, future in early]
+        finally:
+            background.shutdown(wait=False, cancel_futures=True)
+        if not has_processes:
+            parts = [(rollouts, self._verify(prompts, rollouts))]
+        found = {
+            id(rollout): (text, verdict)
+            for some, verified in parts
+            for rollout, text, verdict in zip(some, *verified, strict=True)
+        }
+        responses, verdicts = zip(*(found[id(rollout)] for rollout in rollouts), strict=True)
+        batch = pad_rollouts(rollouts, token_ids, int(self.tokenizer.pad_token_id))
         batch.rewards = torch.tensor([verdict.reward for verdict in verdicts])
-        verified = time.perf_counter()
+        verify_s = time.perf_counter() - generated
         return Collected(
-            list(prompts), batch, responses, verdicts, generated - start, verified - generated
+            list(prompts), batch, list(responses), list(verdicts), generated - start, verify_s
         )
 
-    def _texts(self, batch: RolloutBatch) -> list[str]:
-        ids = [
-            row[:length].tolist()
-            for row, length in zip(batch.response_ids, batch.num_tokens, strict=True)
-        ]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    def _verify(self, prompts: Sequence[Prompt], rollouts: list[Rollout]) -> _Verified:
+        """The texts of rollouts, and what the verifier says to them."""
+        ids = [list(rollout.response_ids) for rollout in rollouts]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        problems = [prompts[rollout.prompt_index].problem for rollout in rollouts]
+        return texts, self.verifier.verify(problems, texts)

@@ -7,44 +7,73 @@ EOS, and the next-token distribution there holds log pi(z_c | x, y). Prompt and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from laser_pl.models.gathered import GatheredCopy, is_sharded
 from laser_pl.rollout.engine import Rollout, Sampling
 
 # Dropping rows copies the cache, so it waits until one row in this many has finished.
 COMPACTION_SHARE = 8
+# Tokens that the cache grows by at a time.
+ROOM = 64
 
 
 class HFEngine:
     """Samples from a transformers causal language model in this process.
 
     Args:
-        model: the policy itself, so that the rollouts follow its current weights.
         eos_token_ids: the tokens that end a response.
         pad_token_id: fills prompts up on the left, and rows that wait to be dropped.
         score_token_id: z_c.
         max_sequences: sequences generated at once.
+        decode: turns token ids into text, where responses end at stop texts.
+        keep_gathered: keep the copy of the whole weights that sharded ones need between steps.
+        autocast: compute in bfloat16 where the training forward does, under bf16-mixed.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         score_token_id: int,
         max_sequences: int,
+        decode: Callable[[list[int]], str] | None = None,
+        keep_gathered: bool = False,
+        autocast: bool = False,
     ) -> None:
-        self.model = model
+        self.model: PreTrainedModel
+        self._gathered: GatheredCopy | None = None
         self.eos_token_ids = tuple(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.score_token_id = score_token_id
         self.max_sequences = max_sequences
+        self.decode = decode
+        self.keep_gathered = keep_gathered
+        self.autocast = autocast
+
+    @contextmanager
+    def weights_of(self, policy: PreTrainedModel) -> Iterator[None]:
+        """Sample from a policy: from itself, or from a whole copy where ZeRO-3 shards it."""
+        if not is_sharded(policy):
+            self.model = policy
+            yield
+            return
+        self._gathered = self._gathered or GatheredCopy(policy)
+        self._gathered.refresh(policy)
+        self.model = self._gathered.model
+        try:
+            yield
+        finally:
+            if not self.keep_gathered:
+                del self.model
+                self._gathered = None
 
     @torch.no_grad()
     def generate(
@@ -53,85 +82,146 @@ class HFEngine:
         rollouts_per_prompt: int,
         sampling: Sampling,
         seed: int,
+        on_finished: Callable[[list[Rollout]], None] | None = None,
     ) -> list[Rollout]:
         """Sample responses to each prompt.
 
         Args:
             prompts: P prompts as token ids.
             rollouts_per_prompt: G.
-            sampling: temperature, top_p and the length limit.
+            sampling: temperature, filters, length limits and stop texts.
             seed: of the random numbers; the same seed and weights give the same responses.
+            on_finished: gets every rollout once, soon after it is finished.
         Returns:
             P * G rollouts, those of the first prompt first.
+        Raises:
+            ValueError: there are stop texts, and the engine cannot decode.
         """
+        if sampling.stop and self.decode is None:
+            raise ValueError("stop texts need an engine with decode")
         generator = torch.Generator(self.model.device).manual_seed(seed)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = max(1, self.max_sequences // rollouts_per_prompt)
-        rollouts: list[Rollout] = []
-        with _inference_mode(self.model):
+        rollouts: dict[tuple[int, int], Rollout] = {}
+        kind = self.model.device.type
+        with (
+            _inference_mode(self.model),
+            torch.autocast(kind, dtype=torch.bfloat16, enabled=self.autocast),
+        ):
             for start in range(0, len(by_length), size):
                 chunk = by_length[start : start + size]
-                decoding = _Decoding(self, [prompts[i] for i in chunk], rollouts_per_prompt)
-                decoding.run(sampling, generator)
                 owners = [index for index in chunk for _ in range(rollouts_per_prompt)]
-                rollouts += decoding.rollouts(owners)
-        return sorted(rollouts, key=lambda r: r.prompt_index)
+                decoding = _Decoding(self, [prompts[i] for i in chunk], owners, sampling)
+                for finished in decoding.run(generator):
+                    rollouts |= {(r.prompt_index, row): r for row, r in finished.items()}
+                    if on_finished is not None:
+                        on_finished(list(finished.values()))
+        return [rollouts[place] for place in sorted(rollouts)]
 
 
 class _Decoding:
     """A batch of rows while it is generated; rows that are done leave it from time to time.
 
     `row_of` maps the rows still in the batch to the responses; `alive` are those without EOS.
+
+    Args:
+        prompts: as token ids.
+        owners: for each response the index that its rollout gives to its prompt; the responses to
+            a prompt follow one another.
     """
 
-    def __init__(self, engine: HFEngine, prompts: list[Sequence[int]], repeats: int) -> None:
+    def __init__(
+        self,
+        engine: HFEngine,
+        prompts: list[Sequence[int]],
+        owners: list[int],
+        sampling: Sampling,
+    ) -> None:
         self.engine = engine
+        self.owners = owners
+        self.sampling = sampling
         device = engine.model.device
-        num_rows = len(prompts) * repeats
+        shape = (len(owners), sampling.max_response_tokens)
         self.eos = torch.tensor(engine.eos_token_ids, device=device)
-        self.row_of = torch.arange(num_rows, device=device)
-        self.alive = torch.ones(num_rows, dtype=torch.bool, device=device)
-        self.tokens: list[Tensor] = []  # a column [num_rows] each step
-        self.logprobs: list[Tensor] = []
-        self.length = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.token_logprob = torch.full((num_rows,), math.nan, device=device)
+        self.row_of = torch.arange(len(owners), device=device)
+        self.alive = torch.ones(len(owners), dtype=torch.bool, device=device)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.length = torch.zeros(len(owners), dtype=torch.long, device=device)
+        self.token_logprob = torch.full((len(owners),), math.nan, device=device)
+        self.stopped: set[int] = set()
+        self.returned = torch.zeros(len(owners), dtype=torch.bool, device=device)
         self.logits: Tensor  # [rows, V] of the next token
-        self.cache: Any = DynamicCache(config=engine.model.config)
-        self._prefill(prompts, repeats)
+        self.cache = _make_cache(engine.model)
+        self._prefill(prompts, len(owners) // len(prompts))
 
-    def run(self, sampling: Sampling, generator: torch.Generator) -> None:
-        """Decode until every row has its EOS and its score, or is cut at the limit."""
+    def run(self, generator: torch.Generator) -> Iterator[dict[int, Rollout]]:
+        """Decode until every row has its EOS and its score, or is cut at the limit.
+
+        Yields:
+            Rollouts by row, when their rows leave the batch.
+        """
+        sampling = self.sampling
         for step in range(sampling.max_response_tokens):
-            tokens, logprobs = sample(self.logits, sampling, generator)
+            too_early = self.eos if step < sampling.min_response_tokens else None
+            tokens, logprobs = sample(self.logits, sampling, generator, too_early)
             tokens = torch.where(self.alive, tokens, self.engine.pad_token_id)
-            self._record(tokens, logprobs)
+            self._record(step, tokens, logprobs)
             ended = self.alive & torch.isin(tokens, self.eos)
             self.alive = self.alive & ~ended
+            if sampling.stop:
+                self._stop_at(sampling.stop)
             if step == sampling.max_response_tokens - 1:
                 tokens, ended = tokens[ended], self._keep_only(ended)
             if not (self.alive | ended).any():
-                return
+                break
             self._advance(tokens)
             self._read_scores(ended)
-            self._compact()
             if not self.alive.any():
-                return
+                break
+            if self._compact():
+                yield self._finished()
+        self.alive[:] = False
+        yield self._finished()
 
-    def rollouts(self, owners: list[int]) -> list[Rollout]:
-        """The finished batch as rollouts; `owners` are the prompts that the rows answer."""
-        tokens = torch.stack(self.tokens, dim=1).tolist()
-        logprobs = torch.stack(self.logprobs, dim=1).tolist()
-        token_logprob = self.token_logprob.tolist()
-        return [
-            Rollout(
-                prompt_index=owner,
-                response_ids=tuple(tokens[row][:length]),
-                logprobs=tuple(logprobs[row][:length]),
-                finished=not math.isnan(token_logprob[row]),
-                token_logprob=token_logprob[row],
+    def _finished(self) -> dict[int, Rollout]:
+        """The rollouts that are done and have not been returned, by row."""
+        done = ~self.returned
+        done[self.row_of[self.alive]] = False
+        self.returned |= done
+        rows = done.nonzero().squeeze(1)
+        columns = (self.length, self.tokens, self.logprobs, self.token_logprob)
+        values = zip(rows.tolist(), *(column[rows].tolist() for column in columns), strict=True)
+        return {
+            row: Rollout(
+                prompt_index=self.owners[row],
+                response_ids=tuple(tokens[:length]),
+                logprobs=tuple(logprobs[:length]),
+                finish_reason=self._finish_reason(row, token_logprob),
+                token_logprob=token_logprob,
             )
-            for row, (owner, length) in enumerate(zip(owners, self.length.tolist(), strict=True))
-        ]
+            for row, length, tokens, logprobs, token_logprob in values
+        }
+
+    def _finish_reason(self, row: int, token_logprob: float) -> Literal["eos", "length", "stop"]:
+        if not math.isnan(token_logprob):
+            return "eos"
+        return "stop" if row in self.stopped else "length"
+
+    def _stop_at(self, texts: tuple[str, ...]) -> None:
+        """End the rows whose newest token completes one of the texts."""
+        decode = self.engine.decode
+        if decode is None:
+            raise ValueError("stop texts need an engine with decode")
+        # A token has at least a byte of text, so that this many hold any of the texts.
+        num_recent = max(len(text.encode()) for text in texts) + 1
+        for place in self.alive.nonzero().squeeze(1).tolist():
+            row = int(self.row_of[place])
+            length = int(self.length[row])
+            written = self.tokens[row, max(0, length - num_recent) : length].tolist()
+            if any(text in decode(written) for text in texts):
+                self.stopped.add(row)
+                self.alive[place] = False
 
     def _prefill(self, prompts: list[Sequence[int]], repeats: int) -> None:
         """Fill the cache with each prompt once and expand it to the prompt's rollouts."""
@@ -166,12 +256,10 @@ class _Decoding:
         )
         self.logits = output.logits[:, -1].float()
 
-    def _record(self, tokens: Tensor, logprobs: Tensor) -> None:
+    def _record(self, step: int, tokens: Tensor, logprobs: Tensor) -> None:
         rows = self.row_of[self.alive]
-        for columns, values in ((self.tokens, tokens), (self.logprobs, logprobs)):
-            column = values.new_zeros(len(self.length))
-            column[rows] = values[self.alive]
-            columns.append(column)
+        self.tokens[rows, step] = tokens[self.alive]
+        self.logprobs[rows, step] = logprobs[self.alive]
         self.length[rows] += 1
 
     def _read_scores(self, ended: Tensor) -> None:
@@ -179,10 +267,13 @@ class _Decoding:
         logprobs = torch.log_softmax(self.logits[ended], dim=-1)
         self.token_logprob[self.row_of[ended]] = logprobs[:, self.engine.score_token_id]
 
-    def _compact(self) -> None:
+    def _compact(self) -> bool:
+        """Drop the rows that are done if they are many; returns whether it did."""
         num_done = int((~self.alive).sum())
-        if 0 < num_done < len(self.alive) and num_done * COMPACTION_SHARE >= len(self.alive):
+        is_due = num_done > 0 and num_done * COMPACTION_SHARE >= len(self.alive)
+        if is_due:
             self._keep_only(self.alive)
+        return is_due
 
     def _keep_only(self, rows: Tensor) -> Tensor:
         """Drop the other rows from the batch; returns the mask of the rows that stay, all True."""
@@ -194,14 +285,55 @@ class _Decoding:
         return rows[index]
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+class _RoomyLayer(DynamicLayer):
+    """A layer's keys and values in buffers with room: a new token does not copy those before it."""
+
+    _buffers: tuple[Tensor, Tensor]
+    _view: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, H, S, D], and return all of them."""
+        length = self.get_seq_length()
+        if length == 0:
+            first: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return first
+        past: tuple[Any, Any] = (self.keys, self.values)
+        total = length + key_states.shape[-2]
+        # Where rows were dropped or repeated, the keys are another tensor than the buffer's.
+        if past[0] is not self._view or total > self._buffers[0].shape[-2]:
+            shape = (*past[0].shape[:2], total + ROOM, past[0].shape[-1])
+            self._buffers = (past[0].new_empty(shape), past[1].new_empty(shape))
+            for buffer, old in zip(self._buffers, past, strict=True):
+                buffer[:, :, :length] = old
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, length:total] = new
+        keys, values = (buffer[:, :, :total] for buffer in self._buffers)
+        self.keys, self.values, self._view = keys, values, keys
+        return keys, values
+
+
+def _make_cache(model: PreTrainedModel) -> Any:
+    """The model's cache; layers of another kind, such as a sliding window's, stay as they are."""
+    cache: Any = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
+
+def sample(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator, forbidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sample one token a row.
 
     Args:
         logits: [B, V] raw logits.
+        sampling: temperature and filters.
+        generator: of the random numbers.
+        forbidden: tokens that may not come yet.
     Returns:
         tokens [B], and their log-probabilities [B] under softmax(logits / temperature). With
-        top_p < 1 the tokens come from the nucleus, the log-probabilities stay those of the whole
+        filters the tokens come from what they leave, the log-probabilities stay those of the whole
         distribution, which is what the training forward computes.
     Raises:
         FloatingPointError: a logit is NaN or +infinite, so that there is nothing to sample from.
@@ -210,16 +342,39 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tu
     if logprobs.isnan().any():
         raise FloatingPointError("the policy's logits are not finite")
     probabilities = logprobs.exp()
+    if forbidden is not None:
+        probabilities = probabilities.index_fill(1, forbidden, 0)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = probabilities.topk(sampling.top_k, dim=-1).values[:, -1:]
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
     if sampling.top_p < 1:
         probabilities = _nucleus(probabilities, sampling.top_p)
-    tokens = torch.multinomial(probabilities, 1, generator=generator)
+    tokens = _draw(probabilities, generator)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """[B, 1] a token a row, with a chance proportional to its probability [B, V].
+
+    One random number a row instead of torch.multinomial's one a token, which took a fifth of a
+    decode step at V = 49152 on a CPU. It is in (0, total], so that no token of probability 0 comes.
+    """
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    shape = (len(probabilities), 1)
+    uniform = 1 - torch.rand(
+        shape, generator=generator, dtype=torch.float64, device=probabilities.device
+    )
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
+
+
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero the tokens beyond the smallest set whose probability reaches top_p."""
+    """Zero the tokens beyond the smallest set whose share of the probability reaches top_p."""
     ordered, index = probabilities.sort(dim=-1, descending=True)
-    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    whole = ordered.sum(dim=-1, keepdim=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p * whole
     return torch.zeros_like(probabilities).scatter(1, index, ordered.masked_fill(outside, 0))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from laser_pl.algorithm import (
@@ -12,31 +14,32 @@ from laser_pl.algorithm import (
     rloo_advantage,
     self_reward_score,
 )
-from laser_pl.config import AlgorithmConfig, SelfRewardConfig
+from laser_pl.config import AlgorithmConfig, Config, SelfRewardConfig
 from laser_pl.distributed import gather_over_ranks, rank, sum_over_ranks, world_size
 from laser_pl.rollout.batch import RolloutBatch
+from laser_pl.rollout.micro_batches import Plan
 from laser_pl.training.module import LaserModule, StepTotals
 
 
-def add_scores(batch: RolloutBatch, module: LaserModule, micro_batch_size: int) -> None:
+def add_scores(batch: RolloutBatch, module: LaserModule, plan: Callable[[], Plan]) -> None:
     """Fill in c_ref and the self-reward scores, and the reference's log-probs if they are used.
 
     Args:
         batch: N sequences with the engine's token_logprob; filled in place.
         module: holds c_ref, beta and the frozen reference.
-        micro_batch_size: sequences in one forward of the reference.
+        plan: makes the micro-batches that go through the reference; called if it is used.
     """
     batch.c_ref = torch.full((len(batch),), module.c_ref)
-    if module.reference is not None:
-        _add_reference(batch, module, micro_batch_size)
+    if module.needs_reference:
+        _add_reference(batch, module, plan())
     scores = self_reward_score(batch.token_logprob, batch.c_ref, module.self_reward.beta)
     batch.scores = torch.where(batch.finished, scores, torch.zeros_like(scores))
 
 
-def _add_reference(batch: RolloutBatch, module: LaserModule, micro_batch_size: int) -> None:
-    for index in torch.arange(len(batch)).split(micro_batch_size):
+def _add_reference(batch: RolloutBatch, module: LaserModule, plan: Plan) -> None:
+    for index in plan.parts:
         part = batch.select(index)
-        output = module.reference_forward(part.to(module.device))
+        output = module.reference_forward(part.to(module.device), plan.layout)
         num_columns = part.response_mask.shape[1]
         batch.reference_logprobs[index, :num_columns] = output.logprobs.cpu()
         if module.self_reward.c_ref == "model":
@@ -88,7 +91,32 @@ def add_class_weights(batch: RolloutBatch) -> None:
     batch.class_weights = weights[rank() * len(batch) : (rank() + 1) * len(batch)]
 
 
-def step_totals(batch: RolloutBatch, num_micro_batches: int) -> StepTotals:
-    """The step's counts over all ranks."""
-    counts = sum_over_ranks(torch.tensor([int(batch.num_tokens.sum()), len(batch)]))
-    return StepTotals(int(counts[0]), int(counts[1]), num_micro_batches, world_size())
+def is_trained(batch: RolloutBatch, config: Config, module: LaserModule) -> torch.Tensor:
+    """[N] bool, whether anything trains on a sequence's group.
+
+    Nothing does where all advantages are 0, there is no KL term, and no self-reward loss yet.
+    """
+    training = config.training
+    if (
+        not training.skip_zero_advantage
+        or module.self_reward_active
+        or config.algorithm.kl_coef > 0
+    ):
+        return torch.ones(len(batch), dtype=torch.bool)
+    has_signal = batch.advantages != 0
+    groups = batch.groups.unique(return_inverse=True)[1]
+    counts = torch.zeros(len(batch), dtype=torch.long).index_add(0, groups, has_signal.long())
+    return counts[groups] > 0
+
+
+def step_totals(batch: RolloutBatch, trained: RolloutBatch, num_micro_batches: int) -> StepTotals:
+    """The step's counts over all ranks.
+
+    Args:
+        batch: this rank's rollouts.
+        trained: the sequences that it trains on.
+        num_micro_batches: into which they are cut.
+    """
+    numbers = [int(batch.num_tokens.sum()), len(batch), int(trained.num_tokens.sum())]
+    num_tokens, num_sequences, num_trained = sum_over_ranks(torch.tensor(numbers)).tolist()
+    return StepTotals(num_tokens, num_sequences, num_trained, num_micro_batches, world_size())

@@ -338,6 +338,15 @@ def test_ctrl_c_does_not_reach_the_processes():
         assert pool.verify(problems("sigint"), ["sigint"])[0] == (1.0, None, None)
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """A shell that starts the tests in the background has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_interrupts_the_waiting_and_the_pool_goes_on_afterwards():
     with pool_of("misbehave", 1, timeout_s=30.0) as pool:
         pool.verify(problems("a"), ["a"])

@@ -2,15 +2,15 @@
 
 import torch
 
-from laser_pl.rollout.batch import RolloutBatch, pad_rollouts
+from laser_pl.rollout.batch import RolloutBatch, join, pad_rollouts
 from laser_pl.rollout.engine import Rollout
 
 PROMPTS = [(5, 6), (7, 8, 9)]
 ROLLOUTS = [
-    Rollout(0, (10, 1), (-0.1, -0.2), True, -9.0),
-    Rollout(0, (11, 12, 13), (-0.3, -0.4, -0.5), False, float("nan")),
-    Rollout(1, (1,), (-0.6,), True, -8.0),
-    Rollout(1, (14, 15, 16, 1), (-0.7, -0.8, -0.9, -1.0), True, -7.0),
+    Rollout(0, (10, 1), (-0.1, -0.2), "eos", -9.0),
+    Rollout(0, (11, 12, 13), (-0.3, -0.4, -0.5), "length", float("nan")),
+    Rollout(1, (1,), (-0.6,), "eos", -8.0),
+    Rollout(1, (14, 15, 16, 1), (-0.7, -0.8, -0.9, -1.0), "eos", -7.0),
 ]
 
 
@@ -52,17 +52,25 @@ def test_a_pad_token_that_is_eos_leaves_the_eos_in_the_mask():
     assert batch.num_tokens.tolist() == [2, 3, 1, 4]
 
 
-def test_micro_batches_hold_every_sequence_once_without_needless_padding():
+def test_selected_sequences_are_those_without_needless_padding():
     batch = pad_rollouts(ROLLOUTS, PROMPTS, pad_token_id=0)
     batch.rewards = torch.arange(4.0)
-    parts = batch.micro_batches(2)
-    rows = [row for part in parts for row in sequences(part)]
-    rewards = [int(r) for part in parts for r in part.rewards]
-    assert sorted(rewards) == [0, 1, 2, 3]
-    assert rows == [expected()[index] for index in rewards]
-    for part in parts:
-        assert part.attention_mask.any(dim=0).all()
-        assert part.response_mask.any(dim=0).all()
+    part = batch.select(torch.tensor([2, 0]))
+    assert sequences(part) == [expected()[2], expected()[0]]
+    assert part.rewards.tolist() == [2.0, 0.0]
+    assert part.attention_mask.any(dim=0).all()
+    assert part.response_mask.any(dim=0).all()
+
+
+def test_groups_that_were_apart_are_joined():
+    batch = pad_rollouts(ROLLOUTS, PROMPTS, pad_token_id=0)
+    batch.rewards = torch.arange(4.0)
+    joined = join([batch.select(torch.tensor([2, 3])), batch.select(torch.tensor([0, 1]))])
+    assert sequences(joined) == [expected()[row] for row in (2, 3, 0, 1)]
+    assert joined.groups.tolist() == [0, 0, 1, 1]
+    assert joined.rewards.tolist() == [2.0, 3.0, 0.0, 1.0]
+    assert joined.finished.tolist() == [True, True, True, False]
+    assert torch.equal(joined.response_mask, joined.attention_mask[:, joined.prompt_length :])
 
 
 def test_to_leaves_the_dtypes_and_the_batch_alone():

@@ -15,7 +15,9 @@ PROMPTS = [(7, 8, 9), (10, 11, 12, 13, 14, 15), (20,), (30, 31)]
 
 
 def make_engine(model, eos=(EOS,), max_sequences=64):
-    return HFEngine(model, eos, 0, SCORE_TOKEN, max_sequences)
+    engine = HFEngine(eos, 0, SCORE_TOKEN, max_sequences)
+    engine.model = model
+    return engine
 
 
 def one_sequence_at_a_time(model, rollout: Rollout) -> tuple[list[float], float]:
@@ -128,3 +130,23 @@ def test_the_model_is_left_in_its_mode(make_model):
     model = make_model().train()
     make_engine(model).generate(PROMPTS, 1, Sampling(2), seed=0)
     assert model.training
+
+
+@pytest.mark.parametrize("max_sequences", [4, 64])
+def test_every_rollout_is_handed_over_once_and_early_ones_early(make_model, max_sequences):
+    engine = make_engine(make_model(), eos=range(60, 75), max_sequences=max_sequences)
+    handed: list[list[Rollout]] = []
+    rollouts = engine.generate(PROMPTS, 4, Sampling(12), seed=3, on_finished=handed.append)
+    assert len(handed) > 4
+    assert sorted(map(repr, rollouts)) == sorted(repr(r) for some in handed for r in some)
+    # Short ones do not wait for those that are cut at the limit.
+    assert all(len(r.response_ids) < 12 for r in handed[0])
+
+
+def test_a_token_of_probability_0_never_comes():
+    logits = torch.full((20_000, 6), -math.inf)
+    logits[:, 2], logits[:, 4] = 0.0, 3.0
+    tokens, _ = sample(logits, Sampling(1), torch.Generator().manual_seed(0))
+    counts = Counter(tokens.tolist())
+    assert set(counts) == {2, 4}
+    assert counts[2] / 20_000 == pytest.approx(1 / (1 + math.exp(3)), abs=0.006)

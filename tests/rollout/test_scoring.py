@@ -6,6 +6,7 @@ import torch
 from laser_pl.algorithm import class_weights, grpo_advantage, integrate_advantages, rloo_advantage
 from laser_pl.rollout.batch import RolloutBatch, pad_rollouts
 from laser_pl.rollout.engine import Rollout
+from laser_pl.rollout.micro_batches import Plan
 from laser_pl.rollout.scoring import add_advantages, add_class_weights, add_scores
 from laser_pl.training.module import LaserModule
 
@@ -21,7 +22,7 @@ def batch() -> RolloutBatch:
             prompt_index=i // 3,
             response_ids=ids,
             logprobs=(0.0,) * len(ids),
-            finished=ids[-1] == 1,
+            finish_reason="eos" if ids[-1] == 1 else "length",
             token_logprob=-9.0 - i if ids[-1] == 1 else torch.nan,
         )
         for i, ids in enumerate(responses)
@@ -31,12 +32,14 @@ def batch() -> RolloutBatch:
     return made
 
 
-def make_module(make_model, config, with_reference: bool = False) -> LaserModule:
-    reference = make_model(seed=7) if with_reference else None
+def make_module(make_model, config) -> LaserModule:
+    # The policy is loaded first, then the reference, here another model than the policy.
+    models = iter([make_model(), make_model(seed=7)])
     module = LaserModule(
-        make_model(), reference, SCORE_TOKEN, config.algorithm, config.self_reward,
+        lambda: next(models), SCORE_TOKEN, config.algorithm, config.self_reward,
         config.optimizer, temperature=1.0, max_steps=1,
     )  # fmt: skip
+    module.setup("fit")
     module.c_ref = -10.0
     return module
 
@@ -45,15 +48,19 @@ def test_scores_follow_the_constant_and_truncated_responses_have_none(
     batch, make_model, compose_config
 ):
     module = make_module(make_model, compose_config("self_reward.beta=0.5"))
-    add_scores(batch, module, micro_batch_size=2)
+    add_scores(batch, module, lambda: Plan("padded", list(torch.arange(6).split(2))))
     # 0.5 * (-9 - i + 10), and 0 for the truncated third
     assert batch.scores.tolist() == pytest.approx([0.5, 0.0, 0.0, -1.0, -1.5, -2.0])
 
 
-def test_the_references_own_log_prob_takes_the_constants_place(batch, make_model, compose_config):
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_the_references_own_log_prob_takes_the_constants_place(
+    batch, make_model, compose_config, layout
+):
     config = compose_config("self_reward.c_ref=model", "algorithm.kl_coef=0.1")
-    module = make_module(make_model, config, with_reference=True)
-    add_scores(batch, module, micro_batch_size=4)
+    module = make_module(make_model, config)
+    parts = [torch.tensor([4, 0, 3, 1]), torch.tensor([5, 2])]
+    add_scores(batch, module, lambda: Plan(layout, parts))
     assert module.reference is not None
     for row in range(len(batch)):
         ids = batch.input_ids[row][batch.attention_mask[row]].unsqueeze(0)
