@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from laser_pl.config import Config, known_keys, validate
 from laser_pl.errors import UserError, one_line, suggestion
+from laser_pl.launch import (
+    check_launch,
+    is_first_on_node,
+    is_rank_zero,
+    outer_launch,
+    register_resolvers,
+)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -38,7 +46,8 @@ def config_dir() -> Path:
 def main() -> None:
     """Compose the configuration from the command line and run its task; ends the process."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
-    sys.argv[1:] = [open_mapping(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = open_arguments(sys.argv[1:])
+    register_resolvers()
     exit_codes: list[int] = []
     has_started = False
 
@@ -51,6 +60,7 @@ def main() -> None:
             # Hydra's own folder: the job's in a multirun, that of rank 0 in its child processes.
             composed.output_dir = HydraConfig.get().runtime.output_dir
             config = to_config(composed)
+            check_launch(config.trainer.devices, config.trainer.num_nodes)
             check_resume(config, list(HydraConfig.get().overrides.task))
             exit_codes.append(run_task(config))
         except (UserError, OmegaConfBaseException) as error:
@@ -76,9 +86,27 @@ def main() -> None:
     sys.exit(max(exit_codes, default=0))
 
 
+def open_arguments(arguments: list[str]) -> list[str]:
+    """The command line as Hydra takes it: open mappings, and the short names of an export."""
+    if "task=export" in arguments:
+        arguments = [re.sub(r"^(checkpoint|output)=", r"export.\1=", a) for a in arguments]
+        arguments = [_quoted(a) if a.startswith("export.") else a for a in arguments]
+    return [open_mapping(argument) for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    """A path with what Hydra's grammar would read otherwise, such as a date's =, in quotes."""
+    key, _, value = argument.partition("=")
+    is_plain = re.fullmatch(r"[\w./~+-]*", value) is not None
+    if is_plain or value[:1] in ("'", '"'):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
 def open_mapping(argument: str) -> str:
     """Let `data.params.x=1` add a key: what these mappings hold is not known to the files."""
-    is_open = re.match(r"(data\.params|verifier\.arguments)[.=]", argument)
+    is_open = re.match(r"(data\.params[.=]|verifier\.arguments[.=]|strategy\.)", argument)
     return f"++{argument}" if is_open else argument
 
 
@@ -88,6 +116,7 @@ def to_config(composed: DictConfig) -> Config:
     Raises:
         UserError: a value is missing, an interpolation leads nowhere, or the contract is broken.
     """
+    register_resolvers()
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError("\n".join(f"{key}: missing; give it with {key}=VALUE" for key in missing))
@@ -100,11 +129,15 @@ def to_config(composed: DictConfig) -> Config:
 def check_resume(config: Config, overrides: list[str]) -> None:
     """Refuse `resume=auto` without a folder: the default one is new, and has nothing to resume.
 
+    Not under srun, where a job that is requeued comes back to the same folder.
+
     Raises:
         UserError: output_dir was not given.
     """
     is_given = any(override.startswith("output_dir=") for override in overrides)
-    if config.resume == "auto" and not (is_given or "WANDB_SWEEP_ID" in os.environ):
+    launch = outer_launch()
+    is_job = launch is not None and launch.launcher == "srun"
+    if config.resume == "auto" and not (is_given or is_job or "WANDB_SWEEP_ID" in os.environ):
         raise UserError(
             "resume = auto: needs output_dir=FOLDER, the folder of the run to go on with"
         )
@@ -117,6 +150,17 @@ def run_task(config: Config) -> int:
         from laser_pl.evaluate import evaluate
 
         return evaluate(config)
+    if config.task == "preflight":
+        from rich.console import Console
+
+        from laser_pl.preflight import run_preflight
+
+        run_preflight(config, Console(), always_show=True)
+        return 0
+    if config.task == "export":
+        from laser_pl.export import export
+
+        return export(config.export)
     from laser_pl.train import train
 
     return train(config)
@@ -160,6 +204,9 @@ def _default_keys() -> set[str]:
 
 
 def _tell(message: str) -> int:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    """Print a mistake, once a node: every rank finds those of the input, some only one node's."""
+    if is_rank_zero() or is_first_on_node():
+        prefix = "error" if is_rank_zero() else f"error on {platform.node()}"
+        for line in message.splitlines():
+            print(f"{prefix}: {line}", file=sys.stderr)
     return EXIT_USER_ERROR

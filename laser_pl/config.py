@@ -29,6 +29,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class LoraConfig(Section):
+    enabled: bool
+    rank: Positive
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    target_modules: str | list[str]
+
+
 class ModelConfig(Section):
     path: str
     revision: str | None
@@ -36,6 +44,8 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
     gradient_checkpointing: bool
     trust_remote_code: bool
+    architecture: dict[str, Any] | None
+    lora: LoraConfig
 
 
 class DataSection(Section):
@@ -60,6 +70,7 @@ class FileData(DataSection):
     held_out_path: str | None
     problem_column: str
     answer_column: str
+    answer_separator: str | None
 
 
 class HubData(DataSection):
@@ -70,6 +81,7 @@ class HubData(DataSection):
     held_out_split: str | None
     problem_column: str
     answer_column: str
+    answer_separator: str | None
 
 
 DataConfig = Annotated[ReasoningGymData | FileData | HubData, Field(discriminator="source")]
@@ -83,12 +95,32 @@ class VerifierConfig(Section):
     on_error: Literal["stop", "zero"]
 
 
-class RolloutConfig(Section):
-    engine: Literal["hf"]
+class RolloutSection(Section):
     max_response_tokens: Positive
+    min_response_tokens: Count
     temperature: float = Field(gt=0)
     top_p: float = Field(gt=0, le=1)
+    top_k: Count
+    min_p: Fraction
+    stop: list[str]
+    importance_cap: Annotated[float, Field(ge=1)] | None
+
+
+class HFRollout(RolloutSection):
+    engine: Literal["hf"]
     max_sequences: Positive
+    gathered_weights: Literal["keep", "release"]
+
+
+class VllmRollout(RolloutSection):
+    engine: Literal["vllm"]
+    mode: Literal["colocated", "server"]
+    server_url: str | None
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None
+    gpu_memory_utilization: float = Field(gt=0, lt=1)
+
+
+RolloutConfig = Annotated[HFRollout | VllmRollout, Field(discriminator="engine")]
 
 
 class AlgorithmConfig(Section):
@@ -100,6 +132,12 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean"]
     kl_coef: float = Field(ge=0)
     kl_kind: Literal["k1", "abs", "k2", "k3"]
+
+
+class TrainingConfig(Section):
+    max_tokens_per_micro_batch: Positive | None
+    share_prompts: Literal["auto"] | bool
+    skip_zero_advantage: bool
 
 
 class SelfRewardConfig(Section):
@@ -126,19 +164,35 @@ class SelfRewardConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
+class OptimizerSection(Section):
     lr: float = Field(gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        strict=False
-    )
-    eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Count
 
 
+class AdamWConfig(OptimizerSection):
+    name: Literal["adamw", "deepspeed_cpu_adam"]
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        strict=False
+    )
+    eps: float = Field(gt=0)
+
+
+class SGDConfig(OptimizerSection):
+    name: Literal["sgd"]
+    momentum: float = Field(ge=0, lt=1)
+
+
+OptimizerConfig = Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")]
+
+
 class StrategyConfig(Section):
-    name: Literal["auto", "ddp"]
+    """`auto`, or a Lightning strategy class with any of its own arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    target: str = Field(alias="_target_")
 
 
 class TrainerConfig(Section):
@@ -149,6 +203,7 @@ class TrainerConfig(Section):
     gradient_clip: float = Field(gt=0)
     max_bad_steps: Count
     num_threads: Positive | None
+    timeout_minutes: float = Field(gt=0)
 
 
 class EvaluationConfig(Section):
@@ -161,6 +216,13 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     every_n_steps: Count
     keep_last: Positive
+    keep_best: bool
+
+
+class ExportConfig(Section):
+    checkpoint: str | None
+    output: str | None
+    merge: bool
 
 
 class WandbConfig(Section):
@@ -186,7 +248,7 @@ LoggerConfig = Annotated[WandbConfig | TensorBoardConfig | CsvConfig, Field(disc
 class Config(Section):
     """Everything a run is made of; `conf/config.yaml` is its shape on disk."""
 
-    task: Literal["train", "evaluate"]
+    task: Literal["train", "evaluate", "export", "preflight"]
     # numpy takes no larger one.
     seed: int = Field(ge=0, lt=2**32)
     prompts_per_step: Positive
@@ -195,17 +257,20 @@ class Config(Section):
     max_steps: Positive
     output_dir: str
     resume: str | None
+    resume_force: bool
     model: ModelConfig
     data: DataConfig
     verifier: VerifierConfig
     rollout: RolloutConfig
     algorithm: AlgorithmConfig
     self_reward: SelfRewardConfig
+    training: TrainingConfig
     optimizer: OptimizerConfig
     strategy: StrategyConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     logger: LoggerConfig
 
     @property
@@ -220,7 +285,9 @@ class Config(Section):
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches a rank works through in a step."""
+        """Micro-batches a rank works through in a step; a first guess where tokens cut them."""
+        if self.training.max_tokens_per_micro_batch is not None:
+            return 2  # DeepSpeed makes room for accumulated gradients if there is more than one
         return self.num_sequences // (self.micro_batch_size * self.num_ranks)
 
     @model_validator(mode="after")
@@ -231,12 +298,43 @@ class Config(Section):
                 f"{self.num_ranks} ranks (trainer.devices x trainer.num_nodes)"
             )
         per_rank = self.num_sequences // self.num_ranks
-        if per_rank % self.micro_batch_size:
+        by_count = self.training.max_tokens_per_micro_batch is None
+        if by_count and per_rank % self.micro_batch_size:
             fitting = _nearest_divisor(per_rank, self.micro_batch_size)
             raise ValueError(
                 f"micro_batch_size = {self.micro_batch_size}: must divide the {per_rank} sequences "
                 f"of a rank ({self.prompts_per_step} prompts x {self.rollouts_per_prompt} rollouts "
                 f"/ {_count(self.num_ranks, 'rank')}); {fitting} would"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_can_be_made(self) -> Config:
+        rollout = self.rollout
+        if rollout.min_response_tokens > rollout.max_response_tokens:
+            raise ValueError(
+                f"rollout.min_response_tokens = {rollout.min_response_tokens}: must be at most "
+                f"rollout.max_response_tokens = {rollout.max_response_tokens}"
+            )
+        if "" in rollout.stop:
+            raise ValueError("rollout.stop: an empty text would stop every response")
+        if isinstance(rollout, VllmRollout) and (rollout.mode == "server") != bool(
+            rollout.server_url
+        ):
+            raise ValueError(
+                f"rollout.server_url = {rollout.server_url}: rollout.mode=server needs the address "
+                "of `vllm serve`, and rollout.mode=colocated takes none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_sequence_fits_a_micro_batch(self) -> Config:
+        limit = self.training.max_tokens_per_micro_batch
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if limit is not None and limit < longest:
+            raise ValueError(
+                f"training.max_tokens_per_micro_batch = {limit}: must hold the longest sequence, "
+                f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
             )
         return self
 
@@ -285,12 +383,17 @@ class Config(Section):
 
     def batch_equation(self) -> str:
         """One line: prompts x rollouts = sequences = micro-batches x size x ranks."""
+        limit = self.training.max_tokens_per_micro_batch
+        micro_batches = (
+            f"{_count(self.num_micro_batches, 'micro-batch', 'micro-batches')} x "
+            f"{self.micro_batch_size} x {_count(self.num_ranks, 'rank')}"
+            if limit is None
+            else f"micro-batches of at most {limit:,} tokens x {_count(self.num_ranks, 'rank')}"
+        )
         return (
             f"{_count(self.prompts_per_step, 'prompt')} x "
             f"{_count(self.rollouts_per_prompt, 'rollout')} = "
-            f"{_count(self.num_sequences, 'sequence')} = "
-            f"{_count(self.num_micro_batches, 'micro-batch', 'micro-batches')} x "
-            f"{self.micro_batch_size} x {_count(self.num_ranks, 'rank')}"
+            f"{_count(self.num_sequences, 'sequence')} = {micro_batches}"
         )
 
 
@@ -349,10 +452,10 @@ def _what_would_fit(c_ref: float, beta: float) -> str:
 def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> tuple[str, str]:
     """One pydantic error as `key` or `key = value`, and what is wrong with it."""
     location = [str(part) for part in item["loc"]]
-    if len(location) > 1 and location[0] in ("data", "logger"):
+    if len(location) > 1 and location[0] in ("data", "rollout", "optimizer", "logger"):
         del location[1]  # pydantic puts the name of the union's member here
     while location[1:] and (
-        location[-1] in ("int", "str", "float") or location[-1].startswith(_UNION_MEMBERS)
+        location[-1] in ("int", "str", "float", "bool") or location[-1].startswith(_UNION_MEMBERS)
     ):
         location.pop()
     key = ".".join(location)

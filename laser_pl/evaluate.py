@@ -22,6 +22,7 @@ from laser_pl.logs.terminal import print_summary
 from laser_pl.models.loading import resolve_path
 from laser_pl.report import draw_evaluations, list_files, score_facts
 from laser_pl.rollout.callback import calibrate
+from laser_pl.rollout.micro_batches import make_plan
 from laser_pl.rollout.scoring import add_scores
 from laser_pl.setup import Inputs, check_output_dir, prepare_inputs, prepare_output_dir
 from laser_pl.train import build_collector, build_module, quieten_libraries
@@ -50,7 +51,9 @@ def evaluate(config: Config) -> int:
         if config.trainer.num_threads:
             torch.set_num_threads(config.trainer.num_threads)
         use_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        module = build_module(config, inputs).to("cuda" if use_gpu else "cpu")
+        module = build_module(config, inputs)
+        module.setup("predict")
+        module.to("cuda" if use_gpu else "cpu")
         evaluation = _evaluate(config, inputs, module)
     finally:
         inputs.verifier.close()
@@ -95,7 +98,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _evaluate(config: Config, inputs: Inputs, module: LaserModule) -> Evaluation:
-    collector = build_collector(config, inputs, module)
+    collector = build_collector(config, inputs)
     settings = config.evaluation
     prompts = inputs.held_out[: settings.num_problems]
     if isinstance(config.self_reward.c_ref, str):
@@ -104,12 +107,14 @@ def _evaluate(config: Config, inputs: Inputs, module: LaserModule) -> Evaluation
         calibrate(module, collector, data, config)
     else:
         module.c_ref = config.self_reward.c_ref
-    with Progress(transient=True) as progress:
+    with collector.engine.weights_of(module.policy), Progress(transient=True) as progress:
         return evaluate_prompts(
             collector,
             prompts,
             settings.samples_per_problem,
-            lambda batch: add_scores(batch, module, config.micro_batch_size),
+            lambda batch: add_scores(
+                batch, module, lambda: make_plan(batch, config, module.policy.config)
+            ),
             config.seed,
             step=0,
             track=lambda groups: progress.track(groups, description="evaluate"),

@@ -17,12 +17,12 @@ from laser_pl.evaluation.plots import (
     plot_voting,
 )
 from laser_pl.evaluation.report import EvaluationSamples, evaluation_summary, voting_curves
+from laser_pl.export import MODEL_FOLDER, export_checkpoint
 from laser_pl.logs.files import write_json_atomically
 from laser_pl.logs.metrics_file import read_metrics
 from laser_pl.logs.samples import Sample, render_samples, telling_samples
 from laser_pl.logs.terminal import print_summary
 from laser_pl.setup import Inputs
-from laser_pl.training.checkpoint import export_model
 from laser_pl.training.module import LaserModule
 
 THRESHOLD = 0.5
@@ -36,7 +36,7 @@ def write_report(
     after: EvaluationSamples | None,
     after_step: int | None,
     lines: list[Sample],
-    export: bool,
+    checkpoint: Path | None,
     folder: Path,
     console: Console,
     steps: int,
@@ -53,7 +53,7 @@ def write_report(
         after: the latest evaluation since, None if there is none.
         after_step: the step after which it was made.
         lines: responses of a full evaluation, of which two are shown.
-        export: write the model; not if its weights are not finite.
+        checkpoint: the last one, from which the model is written; None if its weights will not do.
         folder: output_dir.
         console: where the table is printed.
         steps: steps that were made.
@@ -61,9 +61,8 @@ def write_report(
         time_s: seconds by phase; those of the steps are added from metrics.csv.
     """
     rows = read_metrics(folder / "metrics.csv")
-    if export and not math.isnan(module.c_ref):
-        export_model(module.policy, inputs.tokenizer, score_facts(config, module, inputs),
-                     folder / "model")  # fmt: skip
+    if checkpoint is not None:
+        export_checkpoint(checkpoint, folder / MODEL_FOLDER, config.export.merge)
     (folder / "figures").mkdir(exist_ok=True)
     plot_training_curves(rows, folder / "figures")
     shown = after or before
@@ -94,6 +93,7 @@ def score_facts(config: Config, module: LaserModule, inputs: Inputs) -> dict[str
     return {
         "special_token": inputs.tokenizer.convert_ids_to_tokens(inputs.score_token_id),
         "token_id": inputs.score_token_id,
+        "eos_token_ids": list(inputs.eos_ids),
         "beta": config.self_reward.beta,
         "c_ref": module.c_ref,
         "threshold": THRESHOLD,
@@ -118,7 +118,7 @@ def list_files(folder: Path) -> dict[str, str]:
         "samples.jsonl": "responses with verdict and score",
         "figures": "training curves, score histograms, reliability, voting",
         "checkpoints": "to go on from: resume=auto",
-        "model": "the trained model, a Hugging Face folder with self_reward.json",
+        "model": "the trained model, a Hugging Face folder with self_reward.json and model card",
         "wandb": "the wandb run; `wandb sync` uploads an offline one",
         "tensorboard": "tensorboard --logdir",
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from laser_pl.config import Config, FileData, HubData, ReasoningGymData
 from laser_pl.data.datasets import Splits, load_file, load_hub, load_reasoning_gym
@@ -24,6 +24,7 @@ from laser_pl.models.loading import (
     load_tokenizer,
     resolve_token,
 )
+from laser_pl.preflight import longest_prompt, model_settings, model_shape
 from laser_pl.reward.verifier import VerifierPool, resolve_verifier
 
 
@@ -94,6 +95,7 @@ def load_problems(config: Config) -> Splits:
                 data.num_held_out,
                 data.held_out_path,
                 config.seed,
+                data.answer_separator,
             )
         case HubData():
             return load_hub(
@@ -106,6 +108,7 @@ def load_problems(config: Config) -> Splits:
                 data.num_train,
                 data.num_held_out,
                 config.seed,
+                data.answer_separator,
             )
 
 
@@ -116,12 +119,15 @@ def _encode(
     which: str,
     console: Console,
 ) -> list[Prompt]:
-    limit = config.data.max_prompt_tokens
+    limit = longest_prompt(config)
     prompts, num_dropped = encode_prompts(problems, template, limit)
     if num_dropped:
+        what = f"data.max_prompt_tokens = {limit}"
+        if limit < config.data.max_prompt_tokens:
+            what = f"the {limit} positions that rollout.max_response_tokens leaves in the model"
         console.print(
             f"data: dropped {num_dropped} of {len(problems)} {which} problems: their prompts are "
-            f"longer than data.max_prompt_tokens = {limit}"
+            f"longer than {what}"
         )
     return prompts
 
@@ -144,11 +150,18 @@ def _check_token_is_unused(token_id: int, prompts: list[Prompt], config: Config)
             )
 
 
-def check_output_dir(config: Config) -> None:
-    """Refuse a folder that holds another run, or anything else.
+def check_output_dir(
+    config: Config, checkpoint: Path | None = None, console: Console | None = None
+) -> None:
+    """Refuse a folder that holds another run, or anything else, and a checkpoint of another run.
 
+    Args:
+        config: of the run.
+        checkpoint: the one to go on from, None to start anew.
+        console: where differences are told that `resume_force` allows.
     Raises:
-        UserError: the folder is not empty, and is not the run to resume.
+        UserError: the folder is not empty and is not the run to resume, or the configuration that
+            the checkpoint was made with differs in something that matters.
     """
     folder = Path(config.output_dir)
     is_used = folder.is_dir() and any(folder.iterdir())
@@ -158,30 +171,39 @@ def check_output_dir(config: Config) -> None:
             f"output_dir = {folder}: already holds files, which are not overwritten; give a new "
             "folder, or resume=auto to go on with the run in it"
         )
-    if is_used:
-        _check_same_run(config, yaml.safe_load((folder / "config.yaml").read_text()))
+    before = folder if is_used else checkpoint
+    if before is not None:
+        _check_same_run(config, before / "config.yaml", console)
 
 
 # What may change when a run goes on: how long it is, where it logs, what it runs on.
 _FREE_KEYS = (
-    "task", "max_steps", "resume", "output_dir", "logger", "checkpoint", "trainer.devices",
-    "trainer.num_nodes", "trainer.num_threads", "trainer.accelerator",
+    "task", "max_steps", "resume", "output_dir", "logger", "checkpoint", "export",
+    "trainer.devices", "trainer.num_nodes", "trainer.num_threads", "trainer.accelerator",
+    "trainer.timeout_minutes",
+    "strategy", "micro_batch_size", "training", "model.gradient_checkpointing",
+    "rollout.max_sequences", "rollout.gathered_weights",
 )  # fmt: skip
 
 
-def _check_same_run(config: Config, before: dict[str, Any]) -> None:
+def _check_same_run(config: Config, path: Path, console: Console | None) -> None:
+    before = yaml.safe_load(path.read_text())
     old, new = _leaves(before), _leaves(config.model_dump(mode="json", by_alias=True))
     changed = [
         key
         for key in sorted(old.keys() | new.keys())
         if not key.startswith(_FREE_KEYS) and old.get(key) != new.get(key)
     ]
-    if changed:
-        details = ", ".join(f"{key} = {old.get(key)} there, {new.get(key)} here" for key in changed)
+    if not changed:
+        return
+    details = ", ".join(f"{key} = {old.get(key)} there, {new.get(key)} here" for key in changed)
+    if not config.resume_force:
         raise UserError(
-            f"resume = auto: {config.output_dir} holds a run with another configuration "
-            f"({details}); give the same, or a new output_dir"
+            f"resume = {config.resume}: {path.parent} is of a run with another configuration "
+            f"({details}); give the same, or a new output_dir, or resume_force=true to go on anyhow"
         )
+    if console is not None:
+        console.print(f"resume: going on with another configuration: {details}", highlight=False)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -218,23 +240,16 @@ def check_disk(config: Config) -> None:
     Raises:
         UserError: too little space is free.
     """
-    weights = num_parameters(config) * (4 if config.model.dtype == "float32" else 2)
-    needed = weights * (3 * (config.checkpoint.keep_last + 1) + 1)
+    shape = model_shape(config, model_settings(config))
+    weights = shape.num_trained * (4 if config.model.dtype == "float32" else 2)
+    number = config.checkpoint.keep_last + config.checkpoint.keep_best
+    needed = weights * 3 * (number + 1) + weights
     folder = Path(config.output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
             f"output_dir = {config.output_dir}: {free / 1e9:.1f} GB are free, and "
-            f"{config.checkpoint.keep_last} checkpoints with the trained model take "
+            f"{number} checkpoints with the trained model take "
             f"{needed / 1e9:.1f} GB; give another disk, or a smaller checkpoint.keep_last"
         )
-
-
-def num_parameters(config: Config) -> int:
-    """Parameters of the model at `model.path`, from its config alone."""
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(
-            load_settings(config.model), trust_remote_code=config.model.trust_remote_code
-        )
-    return sum(parameter.numel() for parameter in empty.parameters())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import logging
 import netrc
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -20,21 +22,29 @@ import transformers
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import Strategy
 from rich.console import Console
+from transformers import PreTrainedModel
 
-from laser_pl.config import Config
+from laser_pl.config import Config, HFRollout, VllmRollout
 from laser_pl.data.datamodule import PromptDataModule
-from laser_pl.distributed import any_rank
+from laser_pl.distributed import any_rank, derive_seed
+from laser_pl.errors import UserError, one_line
 from laser_pl.evaluation.callback import EvaluationCallback
+from laser_pl.export import describe_run
+from laser_pl.launch import is_rank_zero
 from laser_pl.logs.callback import MetricsCallback
+from laser_pl.logs.files import write_json_atomically
 from laser_pl.logs.metrics_file import MetricsFile
 from laser_pl.logs.progress import StepProgress
 from laser_pl.logs.samples import SamplesFile
-from laser_pl.models.loading import load_policy
-from laser_pl.report import write_report
+from laser_pl.models.loading import load_policy, resolve_path
+from laser_pl.preflight import longest_prompt, run_preflight
+from laser_pl.report import score_facts, write_report
 from laser_pl.rollout.callback import RolloutCallback
 from laser_pl.rollout.collect import Collector
-from laser_pl.rollout.engine import Sampling
+from laser_pl.rollout.engine import RolloutEngine, Sampling
 from laser_pl.rollout.hf_engine import HFEngine
 from laser_pl.setup import (
     Inputs,
@@ -43,33 +53,49 @@ from laser_pl.setup import (
     prepare_inputs,
     prepare_output_dir,
 )
-from laser_pl.training.checkpoint import FOLDER, CheckpointCallback, find_checkpoint, step_of
+from laser_pl.training.checkpoint import (
+    FOLDER,
+    CheckpointCallback,
+    CheckpointFolder,
+    find_checkpoint,
+    list_checkpoints,
+    step_of,
+)
 from laser_pl.training.module import LaserModule
+from laser_pl.training.strategy import DeepSpeedStrategy, build_strategy, zero3_config
 
 EXIT_FAILED = 1
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+WANDB_FILE = "wandb_run.json"
+# SLURM sends SIGUSR1 some time before it takes the nodes back.
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def train(config: Config) -> int:
     """Train the policy, and write model, metrics, samples, figures and summary to output_dir.
 
     Returns:
-        The exit code: 0, 1 if too many steps were skipped, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit code: 0, 1 if too many steps were skipped, 130 after Ctrl-C, 143 after SIGTERM,
+        138 after SIGUSR1.
     Raises:
         UserError: whatever of the input will not do; before any weight is loaded where possible.
     """
     start = time.perf_counter()
     quieten_libraries()
-    console = Console(quiet=not is_rank_zero(config))
-    checkpoint = find_checkpoint(config.resume, Path(config.output_dir))
+    console = Console(quiet=not is_rank_zero())
+    run_preflight(config, console, always_show=False)
+    checkpoint = find_checkpoint(
+        config.resume,
+        Path(config.output_dir),
+        tell=lambda line: console.print(f"warning: {line}", highlight=False, soft_wrap=True),
+    )
     folder = Path(config.output_dir)
-    if is_rank_zero(config):
-        check_output_dir(config)
+    if is_rank_zero():
+        check_output_dir(config, checkpoint, console)
     console.print(f"batch: {config.batch_equation()}", highlight=False)
     inputs = prepare_inputs(config, console)
     check_disk(config)
     # Only now, so that after a mistake so far the corrected command can use the same folder.
-    if is_rank_zero(config):
+    if is_rank_zero():
         prepare_output_dir(config)
     exit_code = EXIT_FAILED
     try:
@@ -97,7 +123,8 @@ class _Run:
             torch.set_num_threads(config.trainer.num_threads)
         self.config, self.inputs, self.folder, self.console = config, inputs, folder, console
         self.checkpoint = checkpoint
-        self.module = build_module(config, inputs)
+        strategy = build_strategy(config)
+        self.module = build_module(config, inputs, strategy)
         self.data = PromptDataModule(
             inputs.train,
             inputs.held_out,
@@ -111,8 +138,9 @@ class _Run:
             accelerator=config.trainer.accelerator,
             devices=config.trainer.devices,
             num_nodes=config.trainer.num_nodes,
-            strategy=config.strategy.name,
+            strategy=strategy,
             precision=config.trainer.precision,
+            plugins=plugins(strategy),
             max_epochs=config.max_steps,
             accumulate_grad_batches=config.num_micro_batches,
             gradient_clip_val=config.trainer.gradient_clip,
@@ -131,7 +159,7 @@ class _Run:
         for logger in self.trainer.loggers:
             logger.log_hyperparams(self.config.model_dump(mode="json", by_alias=True))
         if self.checkpoint is not None:
-            self.console.print(f"resume: going on from {self.checkpoint}", highlight=False)
+            self._tell(f"resume: going on from {self.checkpoint}")
         weights_are_finite = True
         with self.stop.graceful_interrupt():
             try:
@@ -140,6 +168,10 @@ class _Run:
                 )
             except SystemExit:  # Lightning's answer to a KeyboardInterrupt
                 self.stop.interrupted = self.stop.interrupted or signal.SIGINT
+            except RuntimeError as error:
+                if not is_lost_peer(error):
+                    raise
+                return self._tell_lost_peer(error)
             except FloatingPointError:
                 # A finite gradient can still make weights that are not; no later step mends them.
                 self.stop.diverged, weights_are_finite = True, False
@@ -157,6 +189,17 @@ class _Run:
             return EXIT_FAILED
         return 128 + self.stop.interrupted if self.stop.interrupted else 0
 
+    def _tell_lost_peer(self, error: RuntimeError) -> int:
+        """On every rank that is left: rank 0 may be the one that died."""
+        saved = list_checkpoints(self.folder / FOLDER)
+        newest = f"; the newest checkpoint is {saved[-1]}" if saved else ""
+        print(
+            f"error: rank {self.trainer.global_rank}: another process of the run has died or hangs "
+            f"({one_line(error)}){newest}; go on with output_dir={self.folder} resume=auto",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+
     def _callbacks(self) -> list[Callback]:
         config, inputs = self.config, self.inputs
         main = not self.console.quiet
@@ -167,8 +210,8 @@ class _Run:
         for file in (samples, metrics):
             if file is not None:
                 file.truncate_after(last_step)
-        collector = build_collector(config, inputs, self.module)
-        self.rollout = RolloutCallback(collector, config, samples)
+        collector = build_collector(config, inputs)
+        self.rollout = RolloutCallback(collector, config, samples, self._tell)
         self.evaluation = EvaluationCallback(
             collector, config, samples, self.console if main else None
         )
@@ -180,9 +223,27 @@ class _Run:
             MetricsCallback(metrics),
             self.stop,
             CheckpointCallback(
-                self.folder / FOLDER, config.checkpoint.every_n_steps, config.checkpoint.keep_last
+                self.folder / FOLDER,
+                config.checkpoint.every_n_steps,
+                config.checkpoint.keep_last,
+                config.checkpoint.keep_best,
+                self.evaluation.accuracy_after,
+                self._describe,
             ),
         ]
+
+    def _tell(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _describe(self, folder: Path) -> None:
+        facts = score_facts(self.config, self.module, self.inputs)
+        tokenizer, policy = self.inputs.tokenizer, self.module.policy
+        measures = self.evaluation.latest_measures()
+        describe_run(folder, self.config, tokenizer, policy, facts, measures)
+
+    def _last_checkpoint(self) -> Path | None:
+        path = self.folder / FOLDER / f"step-{self.trainer.current_epoch:06d}"
+        return path if path.is_dir() else None
 
     def _report(self, total_s: float, weights_are_finite: bool) -> None:
         write_report(
@@ -193,7 +254,7 @@ class _Run:
             after=self.evaluation.after,
             after_step=self.evaluation.after_step,
             lines=self.evaluation.lines,
-            export=weights_are_finite,
+            checkpoint=self._last_checkpoint() if weights_are_finite else None,
             folder=self.folder,
             console=self.console,
             steps=self.trainer.current_epoch,
@@ -206,8 +267,15 @@ class _Run:
         )
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone, or did not answer in time."""
+    signs = ("connection closed by peer", "connection reset", "timed out", "broken pipe", "gloo")
+    is_collective = isinstance(error, torch.distributed.DistError)
+    return is_collective or any(sign in str(error).lower() for sign in signs)
+
+
 class StopCallback(Callback):
-    """Ends the run after a step: on Ctrl-C or SIGTERM, or when too many steps were skipped.
+    """Ends the run after a step: on Ctrl-C, SIGTERM or SIGUSR1, or after too many bad steps.
 
     Args:
         max_bad_steps: steps with a loss or gradient that is not finite that a run may have.
@@ -221,6 +289,20 @@ class StopCallback(Callback):
         self.interrupted = 0
         self.diverged = False
         self._in_steps = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make sure that all nodes see the run's folder, now that they have met."""
+        is_seen = wait_for(Path(trainer.default_root_dir) / "config.yaml")
+        if any_rank(not is_seen):
+            raise UserError(
+                f"output_dir = {trainer.default_root_dir}: not every node sees it; give a folder "
+                "on a file system that they share"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals back: Lightning's own SIGTERM handler ends the run without saving."""
+        for number in _STOPPING:
+            signal.signal(number, self._handle)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on an interrupt waits for the end of the step."""
@@ -243,55 +325,124 @@ class StopCallback(Callback):
     def graceful_interrupt(self) -> Iterator[None]:
         """Let Ctrl-C finish the step and save; a second one, or one outside steps, ends at once."""
 
-        def handle(signum: int, frame: FrameType | None) -> None:
-            if self.interrupted or not self._in_steps:
-                self.interrupted = signum
-                raise KeyboardInterrupt
-            self.interrupted = signum
-            print("\ninterrupted: finishing this step, then saving; again to stop at once")
-
-        previous = {number: signal.signal(number, handle) for number in _STOPPING}
+        previous = {number: signal.signal(number, self._handle) for number in _STOPPING}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted or not self._in_steps:
+            self.interrupted = signum
+            raise KeyboardInterrupt
+        self.interrupted = signum
+        print("\ninterrupted: finishing this step, then saving; again to stop at once")
 
-def build_module(config: Config, inputs: Inputs) -> LaserModule:
-    """The module with the policy's weights, and the reference's only if something uses them."""
-    policy = load_policy(config.model)
-    needs_reference = config.algorithm.kl_coef > 0 or config.self_reward.c_ref == "model"
+
+def plugins(strategy: Strategy | str) -> list[Any]:
+    """The checkpoint folders, and SLURM without Lightning's own signal handling."""
+    wanted: list[Any] = []
+    if not isinstance(strategy, DeepSpeedStrategy):  # which writes its checkpoints itself
+        wanted.append(CheckpointFolder())
+    if SLURMEnvironment.detect():
+        wanted.append(SLURMEnvironment(auto_requeue=False))
+    return wanted
+
+
+def wait_for(path: Path, timeout_s: float = 10.0) -> bool:
+    """Whether a file is there, or comes soon: network file systems take their time."""
+    deadline = time.monotonic() + timeout_s
+    while not path.is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return path.is_file()
+
+
+def build_module(config: Config, inputs: Inputs, strategy: Strategy | str = "auto") -> LaserModule:
+    """The module, which loads the policy's weights when it is set up.
+
+    Args:
+        config: of the run.
+        inputs: for the score token.
+        strategy: shards the weights while they are read, if it is DeepSpeed's ZeRO-3.
+    """
+
+    def load() -> PreTrainedModel:
+        torch.manual_seed(derive_seed(config.seed, "adapter"))  # the same on every rank
+        return load_policy(config.model, zero3_config(strategy))
+
     return LaserModule(
-        policy,
-        copy.deepcopy(policy) if needs_reference else None,
+        load,
         inputs.score_token_id,
         config.algorithm,
         config.self_reward,
         config.optimizer,
         config.rollout.temperature,
         config.max_steps,
+        config.rollout.importance_cap,
     )
 
 
-def build_collector(config: Config, inputs: Inputs, module: LaserModule) -> Collector:
-    """The engine on the module's policy, and the verifier behind it."""
-    engine = HFEngine(
-        module.policy,
-        inputs.eos_ids,
-        int(inputs.tokenizer.pad_token_id),
-        inputs.score_token_id,
-        config.rollout.max_sequences,
-    )
+def build_collector(config: Config, inputs: Inputs) -> Collector:
+    """The engine, and the verifier behind it."""
     settings = config.rollout
-    sampling = Sampling(settings.max_response_tokens, settings.temperature, settings.top_p)
+    sampling = Sampling(
+        max_response_tokens=settings.max_response_tokens,
+        min_response_tokens=settings.min_response_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        stop=tuple(settings.stop),
+    )
+    engine = build_engine(config, inputs)
     return Collector(engine, inputs.verifier, inputs.tokenizer, sampling)
+
+
+def build_engine(config: Config, inputs: Inputs) -> RolloutEngine:
+    """The engine that `rollout` names; vLLM starts when it is first used."""
+    match config.rollout:
+        case HFRollout() as settings:
+            return HFEngine(
+                inputs.eos_ids,
+                int(inputs.tokenizer.pad_token_id),
+                inputs.score_token_id,
+                settings.max_sequences,
+                decode=lambda ids: str(inputs.tokenizer.decode(ids)),
+                keep_gathered=settings.gathered_weights == "keep",
+                autocast=config.trainer.precision == "bf16-mixed",
+            )
+        case VllmRollout() as settings:
+            return _build_vllm(config, settings, inputs)
+
+
+def _build_vllm(config: Config, settings: VllmRollout, inputs: Inputs) -> RolloutEngine:
+    # Imported here, since vLLM is an extra and takes seconds.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from laser_pl.rollout.vllm_engine import VllmEngine, VllmServer
+    from laser_pl.serving import SelfReward
+
+    judge = SelfReward(inputs.score_token_id, inputs.eos_ids, config.self_reward.beta, c_ref=0.0)
+    if settings.server_url is not None:
+        folder = Path(config.output_dir) / "server_weights"
+        return VllmServer(judge, settings.server_url, folder, config.trainer.timeout_minutes * 60)
+    return VllmEngine(
+        judge,
+        resolve_path(config.model.path),
+        longest_prompt(config) + settings.max_response_tokens,
+        settings.gpu_memory_utilization,
+        settings.kv_cache_gb,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        dtype="bfloat16" if "bf16" in config.trainer.precision else config.model.dtype,
+        seed=config.seed,
+    )
 
 
 def build_logger(config: Config, folder: Path) -> Logger | bool:
     """The configured logger, on rank 0; wandb is offline where there is no key."""
     settings = config.logger
-    if not is_rank_zero(config) or settings.kind == "csv":
+    if not is_rank_zero() or settings.kind == "csv":
         return False
     if settings.kind == "tensorboard":
         return TensorBoardLogger(folder, name="tensorboard", version="")
@@ -302,10 +453,21 @@ def build_logger(config: Config, folder: Path) -> Logger | bool:
         group=settings.group,
         tags=settings.tags,
         dir=folder,
+        id=_wandb_id(config, folder),
+        resume="allow",
         mode="online" if has_wandb_key() else "offline",
         settings=wandb.Settings(silent=True),
     )
+    write_json_atomically(folder / WANDB_FILE, {"id": run.id})
     return WandbLogger(experiment=run)
+
+
+def _wandb_id(config: Config, folder: Path) -> str | None:
+    """The id of the wandb run that a resumed run goes on with; None starts a new one."""
+    path = folder / WANDB_FILE
+    if config.resume is None or not path.is_file():
+        return None
+    return str(json.loads(path.read_text())["id"])
 
 
 def has_wandb_key() -> bool:
@@ -321,12 +483,6 @@ def has_wandb_key() -> bool:
         return False
 
 
-def is_rank_zero(config: Config) -> bool:
-    """Whether this process is the one that writes and prints, before a process group exists."""
-    ranks = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return all(os.environ.get(name, "0") == "0" for name in ranks) or config.num_ranks == 1
-
-
 def quieten_libraries() -> None:
     """Keep the libraries' chatter off the terminal; their errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -337,3 +493,6 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="lightning")
+    # DeepSpeed and vLLM call collectives by names that torch is about to change.
+    for module in ("torch.distributed", "vllm"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)

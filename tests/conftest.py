@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from laser_pl.cli import config_dir, to_config
@@ -63,6 +64,8 @@ def small_config(architecture: str, vocab_size: int) -> PretrainedConfig:
         return LlamaConfig(**common, num_key_value_heads=2)
     if architecture == "qwen2":
         return Qwen2Config(**common | {"tie_word_embeddings": True}, num_key_value_heads=2)
+    if architecture == "qwen3":
+        return Qwen3Config(**common, num_key_value_heads=2, head_dim=8)
     if architecture == "gpt_neox":
         return GPTNeoXConfig(**common)
     raise ValueError(architecture)
@@ -70,7 +73,7 @@ def small_config(architecture: str, vocab_size: int) -> PretrainedConfig:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., PreTrainedModel]:
-    """Make a random-weight model of an architecture: llama, qwen2 or gpt_neox."""
+    """Make a random-weight model of an architecture: llama, qwen2, qwen3 or gpt_neox."""
 
     def make(architecture: str = "llama", vocab_size: int = 101, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)

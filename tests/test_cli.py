@@ -53,13 +53,18 @@ MISTAKES = [
     (["max_steps=1.5"], "max_steps = 1.5: must be a valid integer"),
     (["max_steps=0"], "max_steps = 0: must be greater than 0"),
     (["optimizer.lr=nan"], "optimizer.lr = nan: must be a finite number"),
-    (["task=trian"], "task = 'trian': must be 'train' or 'evaluate'"),
+    (["task=trian"], "task = 'trian': must be 'train', 'evaluate', 'export' or 'preflight'"),
     (["~optimizer.lr"], "optimizer.lr: missing"),
     (["data=file"], "data.path: missing; give it with data.path=VALUE"),
     (["data=file", "data.path=x.jsonl"], "verifier = reasoning_gym: knows no problems of"),
     (["task=evaluate", "trainer.devices=2"], "task=evaluate runs in one process; use 1"),
     (["task=evaluate", "self_reward.c_ref=model"], "self_reward.c_ref = model: an evaluation has"),
     (["micro_batch_size=5"], "micro_batch_size = 5: must divide the 16 sequences of a rank"),
+    (
+        ["training.max_tokens_per_micro_batch=10"],
+        "training.max_tokens_per_micro_batch = 10: must hold the longest sequence",
+    ),
+    (["training.share_prompts=maybe"], "training.share_prompts = 'maybe': must be"),
     (["trainer.devices=3"], "prompts_per_step = 4: must be a multiple of the 3 ranks"),
     (["evaluation.num_problems=9"], "evaluation.num_problems = 9: must be at most"),
     (["algorithm=rloo", "rollouts_per_prompt=1", "micro_batch_size=4"], "use at least 2"),
@@ -80,7 +85,9 @@ MISTAKES = [
     (["model.path=builtin:big"], "model.path = builtin:big"),
     (["verifier._target_=no.such.function"], "verifier._target_ = no.such.function"),
     (["verifier.arguments={depth: 3}"], "depth"),
-    (["strategy.name=foo"], "strategy.name = 'foo': must be"),
+    (["strategy.name=foo"], "strategy.name: strategy=auto takes no arguments"),
+    (["strategy=ddp", "strategy.bucket=1"], "strategy.bucket"),
+    (["optimizer=deepspeed_cpu_adam"], "optimizer.name = deepspeed_cpu_adam: works with the"),
     (["evaluation.interim_samples_per_problem=0"], "evaluation.interim_samples_per_problem = 0:"),
     (["seed=5000000000"], "seed = 5000000000: must be less than"),
     (["self_reward=5"], "config: cannot be composed"),
@@ -194,7 +201,7 @@ def test_help_names_the_groups_and_the_usage(run, capsys):
     assert not stop.value.code
     for expected in (
         "python run.py",
-        "model: hf, llama3-8b, smollm2-135m, tiny",
+        "model: hf, llama3-8b, llama3.2-1b, octothinker-3b, orz-7b, qwen2.5-7b, qwen3-4b,",
         "self_reward.alpha",
     ):
         assert expected in text

@@ -19,6 +19,7 @@ NEEDED = {
     ("data", "file"): ["data.path=x.jsonl", "verifier=math"],
     ("data", "hub"): ["data.name=x/y", "verifier=math"],
     ("data", "deepmath"): ["verifier=math"],
+    ("data", "gsm8k"): ["verifier=math"],
     ("model", "hf"): ["model.path=x", "self_reward.token=7"],
 }
 

@@ -1,6 +1,7 @@
 """The documentation says what the code says: metrics, keys, links, and the example that runs."""
 
 import contextlib
+import importlib
 import io
 import re
 from pathlib import Path
@@ -10,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_pl.cli import config_dir
 from laser_pl.config import known_keys
+from laser_pl.logs.files import write_json_atomically
 from laser_pl.logs.names import METRICS, metrics_as_markdown
 from laser_pl.models import loading
-from laser_pl.training.checkpoint import export_model
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -88,12 +89,9 @@ def test_every_relative_link_leads_somewhere(page):
 
 def test_the_example_that_reads_the_score_runs(tmp_path):
     facts = {"special_token": "<|reserved_0|>", "token_id": 2, "beta": 0.5, "c_ref": -21.0}
-    export_model(
-        AutoModelForCausalLM.from_pretrained(TINY),
-        AutoTokenizer.from_pretrained(TINY),
-        facts | {"threshold": 0.5},
-        tmp_path / "model",
-    )
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        kind.from_pretrained(TINY).save_pretrained(tmp_path / "model")
+    write_json_atomically(tmp_path / "model" / "self_reward.json", facts | {"threshold": 0.5})
     text = (DOCS / "outputs.md").read_text(encoding="utf-8")
     found = re.search(r"<!-- test: model folder -->\n```python\n(.*?)```", text, flags=re.S)
     assert found
@@ -104,6 +102,12 @@ def test_the_example_that_reads_the_score_runs(tmp_path):
     expected = 0.5 * (float(names["logprobs"][2]) + 21.0)
     verdict = "correct" if expected > 0.5 else "incorrect"
     assert output.getvalue() == f"score {expected:.3f}, judged {verdict}\n"
+
+
+def test_the_table_of_memory_and_communication_is_the_computed_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = importlib.import_module("scaling_table").table()
+    assert table in (DOCS / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_defaults_that_are_documented_are_those_of_the_code(compose_config):

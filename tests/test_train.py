@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from laser_pl.evaluate import evaluate
 from laser_pl.logs.metrics_file import read_metrics
 from laser_pl.train import train
 from laser_pl.training import module as module_file
+from laser_pl.training.checkpoint import CheckpointReader
 
 SMALL = (
     "prompts_per_step=4", "rollouts_per_prompt=4", "micro_batch_size=4", "max_steps=4",
@@ -58,7 +60,7 @@ def test_a_run_writes_everything_that_it_says(run):
     assert code == 0
     expected = {
         "config.yaml", "metrics.csv", "summary.json", "samples.jsonl", "figures", "checkpoints",
-        "model", "wandb",
+        "model", "wandb", "wandb_run.json",
     }  # fmt: skip
     assert {path.name for path in folder.iterdir()} == expected
     figures = {path.name for path in (folder / "figures").iterdir()}
@@ -68,7 +70,7 @@ def test_a_run_writes_everything_that_it_says(run):
     assert [row["step"] for row in read_metrics(folder / "metrics.csv")] == [0, 1, 2, 3, 4]
     assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
-        "step-000002.ckpt", "step-000004.ckpt",
+        "best.json", "step-000002", "step-000004",
     ]  # fmt: skip
     config = validate(yaml.safe_load((folder / "config.yaml").read_text()))
     assert config.output_dir == str(folder)
@@ -127,9 +129,9 @@ def test_the_model_folder_holds_the_trained_weights(run):
     _, folder = run()
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    checkpoint = torch.load(folder / "checkpoints" / "step-000004.ckpt", weights_only=True)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, checkpoint["state_dict"][f"policy.{name}"])
+    checkpoint = CheckpointReader(folder / "checkpoints" / "step-000004")
+    for name in checkpoint.weight_names:
+        assert torch.equal(model.state_dict()[name], checkpoint.weight(name))
     facts = json.loads((folder / "model" / "self_reward.json").read_text())
     assert tokenizer.convert_ids_to_tokens(facts["token_id"]) == facts["special_token"]
     summary = json.loads((folder / "summary.json").read_text())
@@ -141,9 +143,9 @@ def test_rollouts_come_from_the_weights_that_the_step_updates(run):
     rows = read_metrics(folder / "metrics.csv")[1:]
     assert all(row["rollout/logprob_gap_mean"] < 1e-4 for row in rows)
     # The updates move the weights far more than that, so stale rollouts would show.
-    paths = (folder / "checkpoints" / f"step-{step:06d}.ckpt" for step in (2, 4))
-    first, last = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
-    assert max(float((first[name] - last[name]).abs().max()) for name in first) > 1e-3
+    first, last = (CheckpointReader(folder / "checkpoints" / f"step-{step:06d}") for step in (2, 4))
+    moved = [(first.weight(n) - last.weight(n)).abs().max() for n in first.weight_names]
+    assert float(max(moved)) > 1e-3
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, tmp_path):
@@ -158,17 +160,42 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, tmp_path):
     assert a.read_bytes() == b.read_bytes()
 
 
-@pytest.mark.parametrize("extra", [(), ("algorithm.kl_coef=0.1", "self_reward.c_ref=model")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("algorithm.kl_coef=0.1", "self_reward.c_ref=model"),
+        # Steps of different numbers of micro-batches: cut by tokens, and groups left out.
+        ("self_reward=off", "training.max_tokens_per_micro_batch=200"),
+    ],
+    ids=["laser", "reference", "by tokens"],
+)
 def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path, extra):
     _, whole = run(f"output_dir={tmp_path}/whole", *extra)
     _, part = run(f"output_dir={tmp_path}/part", "max_steps=4", *extra)
     # As if killed after step 3: what was written after the checkpoint of step 2 is there, too.
-    (part / "checkpoints" / "step-000004.ckpt").unlink()
+    shutil.rmtree(part / "checkpoints" / "step-000004")
     code, resumed = run(f"output_dir={part}", "resume=auto", *extra)
     assert code == 0
     assert comparable(whole) == comparable(resumed)
     for name in ("samples.jsonl", "model/model.safetensors"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+
+
+def test_grpo_leaves_groups_without_signal_out_and_learns_the_same(run, tmp_path):
+    _, skipping = run(f"output_dir={tmp_path}/a", "self_reward=off")
+    _, whole = run(
+        f"output_dir={tmp_path}/b", "self_reward=off", "training.skip_zero_advantage=false"
+    )
+    found, expected = (read_metrics(folder / "metrics.csv")[1:] for folder in (skipping, whole))
+    shares = [row["train/skipped_fraction"] for row in found]
+    assert {row["train/skipped_fraction"] for row in expected} == {0.0}
+    # The first step's rollouts are the same.
+    assert shares[0] == expected[0]["rollout/zero_signal_groups_fraction"]
+    assert max(shares) > 0
+    for row, other in zip(found, expected, strict=True):
+        assert row["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-3)
+        assert row["train/num_tokens"] == other["train/num_tokens"]
 
 
 def test_a_finished_run_can_be_made_longer(run, tmp_path):
@@ -201,15 +228,19 @@ def test_resume_auto_after_a_crash_before_any_checkpoint_starts_anew(run, tmp_pa
     assert (part / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_used(run, tmp_path):
+def test_a_damaged_checkpoint_is_told_and_the_one_before_used(run, tmp_path, capsys):
     _, whole = run(f"output_dir={tmp_path}/whole")
     _, part = run(f"output_dir={tmp_path}/part")
-    newest = part / "checkpoints" / "step-000004.ckpt"
-    newest.write_bytes(newest.read_bytes()[:5000])
-    with pytest.warns(UserWarning, match=r"step-000004.ckpt: is damaged; going on from .*000002"):
-        run(f"output_dir={part}", "resume=auto")
+    newest = part / "checkpoints" / "step-000004"
+    weights = newest / "weights-00000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    capsys.readouterr()
+    run(f"output_dir={part}", "resume=auto")
+    output = " ".join(capsys.readouterr().out.split())
+    assert "step-000004: is damaged (weights-00000.safetensors has 5000 bytes of" in output
+    assert "going on from" in output and "step-000002" in output
     assert comparable(part) == comparable(whole)
-    newest.write_bytes(b"")
+    (newest / "trainer.ckpt").unlink()
     with pytest.raises(UserError, match="is damaged"):
         run(f"output_dir={tmp_path}/new", f"resume={newest}")
 
@@ -220,6 +251,42 @@ def test_a_run_is_not_resumed_with_another_configuration(run, tmp_path):
     with pytest.raises(UserError, match=r"\(seed = 0 there, 1 here, self_reward.token = .* here\)"):
         run(f"output_dir={folder}", "resume=auto", "seed=1", "self_reward.token=tiny-reserved-1")
     assert (folder / "config.yaml").read_text() == before
+    checkpoint = folder / "checkpoints" / "step-000002"
+    with pytest.raises(
+        UserError, match=r"seed = 0 there, 1 here\); give the same, .* resume_force"
+    ):
+        run(f"output_dir={tmp_path}/other", f"resume={checkpoint}", "seed=1")
+
+
+def test_another_configuration_can_be_forced(run, tmp_path, capsys):
+    _, folder = run(f"output_dir={tmp_path}/run")
+    code, _ = run(
+        f"output_dir={folder}", "resume=auto", "optimizer.lr=1.0e-4", "max_steps=5",
+        "resume_force=true",
+    )  # fmt: skip
+    assert code == 0
+    assert "optimizer.lr = 0.001 there, 0.0001 here" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 5
+
+
+def test_a_run_goes_on_from_another_runs_checkpoint(run, tmp_path):
+    _, whole = run(f"output_dir={tmp_path}/whole")
+    checkpoint = whole / "checkpoints" / "step-000002"
+    _, other = run(f"output_dir={tmp_path}/other", f"resume={checkpoint}")
+    one, two = (folder / "model" / "model.safetensors" for folder in (whole, other))
+    assert one.read_bytes() == two.read_bytes()
+    assert [row["step"] for row in read_metrics(other / "metrics.csv")] == [3, 4]
+
+
+def test_a_resumed_run_is_the_same_wandb_run(run, tmp_path):
+    arguments = (f"output_dir={tmp_path}/run", "logger=wandb", "optimizer.schedule=constant")
+    run(*arguments, "max_steps=2")
+    first = json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]
+    run(*arguments, "max_steps=3", "resume=auto")
+    assert json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"] == first
+    folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(folders) >= 1
+    assert all(folder.name.endswith(first) for folder in folders)
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing(run):
@@ -251,7 +318,7 @@ def test_too_many_bad_steps_end_the_run_with_a_checkpoint(run, monkeypatch, caps
     code, folder = run("trainer.max_bad_steps=1")
     assert code == 1
     assert "trainer.max_bad_steps" in capsys.readouterr().out
-    assert (folder / "checkpoints" / "step-000003.ckpt").is_file()
+    assert (folder / "checkpoints" / "step-000003").is_dir()
     assert json.loads((folder / "summary.json").read_text())["steps"] == 3
 
 
@@ -266,7 +333,8 @@ def break_losses(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(module_file.LaserModule, "training_step", broken)
 
 
-def test_ctrl_c_saves_tells_and_exits_with_130_and_the_run_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_tells_and_says_so_in_the_exit_code_and_the_run_goes_on(tmp_path, number):
     folder = tmp_path / "run"
     command = [
         sys.executable, str(ROOT / "run.py"), *SMALL, "logger=csv", "max_steps=400",
@@ -275,15 +343,15 @@ def test_ctrl_c_saves_tells_and_exits_with_130_and_the_run_goes_on(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     wait_for_step(folder / "metrics.csv", 3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "interrupted" in output
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["interrupted"] is True
     # What was not measured since the first step is not shown as measured.
     assert (summary["evaluated_at_step"] is None) == ("accuracy" not in summary)
-    assert (folder / "checkpoints" / f"step-{summary['steps']:06d}.ckpt").is_file()
+    assert (folder / "checkpoints" / f"step-{summary['steps']:06d}").is_dir()
     steps = summary["steps"]
     resumed = subprocess.run(
         [*command, "resume=auto", f"max_steps={steps + 2}"], env=environment, timeout=120
@@ -421,3 +489,39 @@ def test_over_long_prompts_are_dropped_with_a_line_that_says_how_many(run, capsy
     )
     assert found is not None
     assert 20 < int(found[1]) < 60
+
+
+def test_no_reference_is_kept_and_the_log_says_what_that_saves(run, capsys):
+    run("max_steps=1")
+    size = 935_040 * 4 / 1e6
+    assert f"none is kept: {size:.1f} MB given back on each rank" in capsys.readouterr().out
+    run("max_steps=1", "algorithm.kl_coef=0.1", "resume_force=true", "resume=auto")
+    assert "none is kept" not in capsys.readouterr().out
+
+
+def test_updates_that_bfloat16_rounds_away_are_warned_of(run, tmp_path):
+    small = ("max_steps=1", "trainer.precision=bf16-true")
+    with pytest.warns(UserWarning, match="optimizer.lr = 1e-08: too small for weights in bfloat16"):
+        run(*small, "optimizer.lr=1.0e-8", f"output_dir={tmp_path}/small")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run("max_steps=1", "optimizer.lr=1.0e-8", f"output_dir={tmp_path}/float32")
+
+
+@pytest.mark.parametrize("keep", ["keep", "release"])
+def test_two_ranks_of_zero_3_make_the_run_of_ddp(tmp_path, keep):
+    shard = "strategy.extra_config.zero_optimization.stage3_param_persistence_threshold=0"
+    rows = []
+    for strategy in (("ddp",), ("deepspeed_zero3", f"rollout.gathered_weights={keep}", shard)):
+        folder = tmp_path / strategy[0]
+        command = [
+            sys.executable, str(ROOT / "run.py"), *SMALL, "logger=csv", "trainer.devices=2",
+            f"strategy={strategy[0]}", *strategy[1:], f"output_dir={folder}",
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows.append(read_metrics(folder / "metrics.csv"))
+    for ddp, zero in zip(*rows, strict=True):
+        for name in ("train/loss", "train/grad_norm", "held_out/accuracy", "rollout/reward_mean"):
+            assert zero.get(name, 0.0) == pytest.approx(ddp.get(name, 0.0), rel=1e-3, abs=1e-5)

@@ -5,6 +5,7 @@ from laser_pl.algorithm.policy_loss import (
     PolicyLoss,
     aggregate,
     clipped_policy_loss,
+    importance_weights,
     kl_estimate,
 )
 from laser_pl.algorithm.schedule import integration_active, self_reward_loss_active
@@ -23,6 +24,7 @@ __all__ = [
     "class_weights",
     "clipped_policy_loss",
     "grpo_advantage",
+    "importance_weights",
     "integrate_advantages",
     "integration_active",
     "kl_estimate",

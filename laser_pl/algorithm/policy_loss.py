@@ -64,6 +64,30 @@ def aggregate(
     )
 
 
+def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
+    """Weights that correct for an engine that samples from slightly other numbers.
+
+    min(exp(logprobs - rollout_logprobs), cap) a token: truncated importance sampling, by which an
+    advantage is multiplied. Engine and trainer round differently, so that their log-probs of the
+    same weights differ.
+
+    Args:
+        logprobs: [B, T] of the policy at the step's start, in nats.
+        rollout_logprobs: [B, T] as the engine reported them; NaN where it does not know.
+        cap: largest weight, at least 1.
+    Returns:
+        [B, T] weights without gradient; 1 where rollout_logprobs is NaN.
+    Raises:
+        ValueError: shapes differ, or cap is less than 1.
+    Source: truncated importance sampling, Ionides 2008; for rollout engines as in verl and TRL.
+    """
+    check_same_shape(2, logprobs=logprobs, rollout_logprobs=rollout_logprobs)
+    if cap < 1:
+        raise ValueError(f"cap must be at least 1, found {cap}")
+    log_ratio = torch.nan_to_num(logprobs.detach() - rollout_logprobs, nan=0.0)
+    return log_ratio.clamp(max=math.log(cap)).exp()
+
+
 def clipped_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from laser_pl.data.problem import Prompt
 from laser_pl.distributed import derive_seed, share_of_rank
@@ -19,12 +19,26 @@ class MicroBatchLoader:
     step before.
 
     Args:
-        num_micro_batches: micro-batches of a step on this rank.
+        num_micro_batches: micro-batches of the first step on this rank, as Lightning is told.
     """
 
     def __init__(self, num_micro_batches: int) -> None:
         self.num_micro_batches = num_micro_batches
         self.micro_batches: list[RolloutBatch] = []
+
+    def put(self, micro_batches: list[RolloutBatch], trainer: Trainer) -> None:
+        """Hand out these in the epoch that begins, and make one update of them all.
+
+        Args:
+            micro_batches: as many on every rank.
+            trainer: Lightning counts a step's batches once, which is too early for ours.
+        """
+        self.micro_batches = micro_batches
+        trainer.accumulate_grad_batches = len(micro_batches)
+        if len(micro_batches) != self.num_micro_batches:
+            self.num_micro_batches = len(micro_batches)
+            trainer.fit_loop._combined_loader = None
+            trainer.fit_loop.setup_data()
 
     def __len__(self) -> int:
         return self.num_micro_batches

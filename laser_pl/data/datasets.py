@@ -64,6 +64,7 @@ def load_file(
     num_held_out: int,
     held_out_path: str | None,
     seed: int,
+    answer_separator: str | None = None,
 ) -> Splits:
     """Read problems from a JSONL, JSON, CSV or Parquet file.
 
@@ -75,17 +76,20 @@ def load_file(
         num_held_out: how many problems to hold out, chosen by the seed.
         held_out_path: a file of its own for the held-out problems, or None.
         seed: fixes the choice; problems stay in the order of the file.
+        answer_separator: the answer is what follows the last one; None takes the whole text.
     Returns:
         The problems; `metadata` has the other columns.
     Raises:
         UserError: a file is missing, unreadable, broken or empty, a column or a value is missing,
             or there are fewer problems than asked for.
     """
-    problems = _to_problems(read_rows(path, "data.path"), problem_column, answer_column)
+    problems = _to_problems(
+        read_rows(path, "data.path"), problem_column, answer_column, answer_separator
+    )
     held_out = None
     if held_out_path is not None:
         rows = read_rows(held_out_path, "data.held_out_path")
-        held_out = _to_problems(rows, problem_column, answer_column)
+        held_out = _to_problems(rows, problem_column, answer_column, answer_separator)
     return _split(problems, held_out, num_train, num_held_out, seed)
 
 
@@ -99,6 +103,7 @@ def load_hub(
     num_train: int | None,
     num_held_out: int,
     seed: int,
+    answer_separator: str | None = None,
 ) -> Splits:
     """Load problems of a dataset of the Hugging Face hub, or of a local folder laid out like one.
 
@@ -112,6 +117,7 @@ def load_hub(
         num_train: how many problems to train on, chosen by the seed; None for all that are left.
         num_held_out: how many problems to hold out, chosen by the seed.
         seed: fixes the choice; problems stay in the order of the dataset.
+        answer_separator: the answer is what follows the last one; None takes the whole text.
     Returns:
         The problems; `metadata` has the other columns.
     Raises:
@@ -119,11 +125,11 @@ def load_hub(
             fewer problems than asked for.
     """
     rows = _hub_rows(name, subset, split, "data.split")
-    problems = _to_problems(rows, problem_column, answer_column)
+    problems = _to_problems(rows, problem_column, answer_column, answer_separator)
     held_out = None
     if held_out_split is not None:
         rows = _hub_rows(name, subset, held_out_split, "data.held_out_split")
-        held_out = _to_problems(rows, problem_column, answer_column)
+        held_out = _to_problems(rows, problem_column, answer_column, answer_separator)
     return _split(problems, held_out, num_train, num_held_out, seed)
 
 
@@ -181,7 +187,9 @@ def _entries(
             yield entry
 
 
-def _to_problems(rows: Sequence[Row], problem_column: str, answer_column: str) -> list[Problem]:
+def _to_problems(
+    rows: Sequence[Row], problem_column: str, answer_column: str, answer_separator: str | None
+) -> list[Problem]:
     problems = []
     for index, row in enumerate(rows):
         text = _cell(row, problem_column, "data.problem_column")
@@ -190,6 +198,8 @@ def _to_problems(rows: Sequence[Row], problem_column: str, answer_column: str) -
                 f"{row.where}: {problem_column} is a {type(text).__name__}; must be a text"
             )
         answer = _answer_text(row, _cell(row, answer_column, "data.answer_column"), answer_column)
+        if answer_separator is not None:
+            answer = _after(answer, answer_separator, row, answer_column)
         rest = {k: v for k, v in row.columns.items() if k not in (problem_column, answer_column)}
         problems.append(Problem(index, text, answer, rest))
     return problems
@@ -217,6 +227,16 @@ def _answer_text(row: Row, value: Any, column: str) -> str:
     raise UserError(
         f"{row.where}: {column} is a {type(value).__name__}; must be a text or a number"
     )
+
+
+def _after(answer: str, separator: str, row: Row, column: str) -> str:
+    """What follows the last separator."""
+    _, found, tail = answer.rpartition(separator)
+    if not found or not tail.strip():
+        raise UserError(
+            f"{row.where}: {column} has nothing after {separator!r} (data.answer_separator)"
+        )
+    return tail.strip()
 
 
 def _split(

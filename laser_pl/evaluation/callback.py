@@ -15,7 +15,9 @@ from laser_pl.evaluation.report import EvaluationSamples, evaluation_summary, he
 from laser_pl.logs.progress import set_phase
 from laser_pl.logs.samples import Sample, SamplesFile
 from laser_pl.logs.terminal import print_evaluation
+from laser_pl.rollout.batch import RolloutBatch
 from laser_pl.rollout.collect import Collector
+from laser_pl.rollout.micro_batches import Plan, make_plan
 from laser_pl.rollout.scoring import add_scores
 from laser_pl.training.module import LaserModule
 
@@ -66,6 +68,18 @@ class EvaluationCallback(Callback):
         if trainer.current_epoch >= self.config.max_steps:
             self._evaluate_after(trainer, pl_module, self.config.max_steps)
 
+    def accuracy_after(self, step: int) -> float | None:
+        """The held-out accuracy measured after a step; None if it was not measured then."""
+        if self.after is None or self.after_step != step:
+            return None
+        return float(self.after.rewards.mean())
+
+    def latest_measures(self) -> dict[str, float]:
+        """The held-out metrics of the latest evaluation, with the step after which it was made."""
+        if self.after is None or self.after_step is None:
+            return {}
+        return {"step": self.after_step, **held_out_metrics(evaluation_summary(self.after))}
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know of the evaluations before it."""
         packed = {name: _pack(getattr(self, name)) for name in ("before", "after")}
@@ -111,14 +125,19 @@ class EvaluationCallback(Callback):
         data, settings = trainer.datamodule, self.config.evaluation  # type: ignore[attr-defined]
         if not isinstance(pl_module, LaserModule) or not isinstance(data, PromptDataModule):
             raise TypeError("EvaluationCallback works with LaserModule and PromptDataModule")
-        return evaluate_prompts(
-            self.collector,
-            data.held_out[: settings.num_problems],
-            settings.samples_per_problem if full else settings.interim_samples_per_problem,
-            lambda batch: add_scores(batch, pl_module, self.config.micro_batch_size),
-            self.config.seed,
-            step,
-        )
+        with self.collector.engine.weights_of(pl_module.policy):
+            return evaluate_prompts(
+                self.collector,
+                data.held_out[: settings.num_problems],
+                settings.samples_per_problem if full else settings.interim_samples_per_problem,
+                lambda batch: add_scores(batch, pl_module, lambda: self._plan(batch, pl_module)),
+                self.config.seed,
+                step,
+            )
+
+    def _plan(self, batch: RolloutBatch, module: LaserModule) -> Plan:
+        """Ranks with other numbers of problems do not wait for each other here."""
+        return make_plan(batch, self.config, module.policy.config, same_number=False)
 
 
 def _pack(samples: EvaluationSamples | None) -> dict[str, Any] | None:

@@ -32,6 +32,9 @@ METRICS: dict[str, Metric] = {
     "rollout/logprob_gap_mean": Metric(
         "nats", "mean |engine's - trainer's log-prob| of the response tokens; 0 if on policy"
     ),
+    "rollout/importance_capped_fraction": Metric(
+        "fraction", "tokens whose weight pi_trainer / pi_engine reached rollout.importance_cap"
+    ),
     # How the policy judged those rollouts
     "self_reward/f1": Metric(
         "fraction", "harmonic mean of the accuracies on correct and on incorrect responses"
@@ -68,6 +71,9 @@ METRICS: dict[str, Metric] = {
         "count", "steps skipped so far for a NaN or infinite loss or gradient"
     ),
     "train/num_tokens": Metric("tokens", "response tokens trained on since the run began"),
+    "train/skipped_fraction": Metric(
+        "fraction", "sequences left out of the update, since nothing trains on them"
+    ),
     # The verifier
     "verifier/timeouts": Metric(
         "count", "verifications stopped at the time limit so far, scored 0"
@@ -77,7 +83,7 @@ METRICS: dict[str, Metric] = {
     "verifier/unparsed_fraction": Metric("fraction", "responses in which no answer was found"),
     # Wall time
     "time/rollout_s": Metric("s", "generating responses and reading their scores"),
-    "time/verify_s": Metric("s", "verifying responses"),
+    "time/verify_s": Metric("s", "verifying what was not verified during the rollouts"),
     "time/update_s": Metric("s", "forward, backward and optimizer"),
     "time/step_s": Metric("s", "the whole step, evaluation and checkpoint not counted"),
     "time/evaluate_s": Metric("s", "the held-out evaluation after the step"),

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from laser_pl.algorithm import (
     aggregate,
     clipped_policy_loss,
+    importance_weights,
     kl_estimate,
     self_reward_loss,
     self_reward_loss_active,
     self_reward_score,
 )
-from laser_pl.config import AlgorithmConfig, OptimizerConfig, SelfRewardConfig
+from laser_pl.config import (
+    AdamWConfig,
+    AlgorithmConfig,
+    OptimizerConfig,
+    SelfRewardConfig,
+    SGDConfig,
+)
 from laser_pl.distributed import sum_over_ranks
+from laser_pl.models.lora import has_adapter, without_adapter
 from laser_pl.rollout.batch import RolloutBatch
-from laser_pl.training.forward import ForwardOutput, response_forward
+from laser_pl.training.forward import ForwardOutput, Layout, ResponseHead, response_forward
 
 _MEASURED = ("c_ref", "c_ref_std", "num_bad_steps", "num_tokens")
 
@@ -35,12 +45,14 @@ class StepTotals:
     Attributes:
         num_tokens: response tokens.
         num_sequences: N, truncated sequences included.
+        num_trained_tokens: response tokens of the sequences that are not left out of the update.
         num_micro_batches: of one rank.
         num_ranks: processes.
     """
 
     num_tokens: int
     num_sequences: int
+    num_trained_tokens: int
     num_micro_batches: int
     num_ranks: int
 
@@ -48,44 +60,55 @@ class StepTotals:
 class LaserModule(LightningModule):
     """Policy, frozen reference and loss; Lightning accumulates, clips and updates.
 
+    The models are loaded in `setup`, when the ranks know each other, so that ZeRO-3 can shard the
+    weights while they are read.
+
     Args:
-        policy: the model that is trained.
-        reference: its frozen snapshot, or None if neither the KL term nor c_ref = model needs it.
+        load: loads the policy's model with its weights; called once more for the frozen reference
+            where the KL term or c_ref = model needs one. With a LoRA adapter the reference is the
+            policy without it.
         score_token_id: z_c.
         algorithm: clipping, aggregation, KL.
         self_reward: alpha, beta, c_ref and the warm-ups.
         optimizer: AdamW and its schedule.
         temperature: of the rollouts; the log-probs are of the distribution sampled from.
         max_steps: steps of the run, for the schedule.
+        importance_cap: of the weights that correct for the engine's log-probs; None corrects not.
     """
 
     def __init__(
         self,
-        policy: PreTrainedModel,
-        reference: PreTrainedModel | None,
+        load: Callable[[], PreTrainedModel],
         score_token_id: int,
         algorithm: AlgorithmConfig,
         self_reward: SelfRewardConfig,
         optimizer: OptimizerConfig,
         temperature: float,
         max_steps: int,
+        importance_cap: float | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # the reference is not in checkpoints
-        self.policy = policy
-        self.reference = reference.requires_grad_(False) if reference else None
+        self.load = load
+        self.policy: PreTrainedModel
+        self.head: ResponseHead
+        self.reference: PreTrainedModel | None = None
+        self.reference_head: ResponseHead | None = None
         self.score_token_id = score_token_id
         self.algorithm = algorithm
         self.self_reward = self_reward
         self.optimizer_config = optimizer
         self.temperature = temperature
         self.max_steps = max_steps
+        self.importance_cap = importance_cap
         # Measured before the first update; a constant in the configuration takes c_ref's place.
         self.c_ref = math.nan
         self.c_ref_std = math.nan
+        self.strategy_clips = False  # DeepSpeed's sets it: it clips, and skips bad steps
         self.num_bad_steps = 0
         self.num_tokens = 0  # response tokens trained on, over all ranks
         self.totals: StepTotals | None = None
+        self.layout: Layout = "padded"
         self.step_metrics: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
 
@@ -94,21 +117,50 @@ class LaserModule(LightningModule):
         """The current step, from 1: one Lightning epoch is one step."""
         return self.current_epoch + 1
 
-    def forward(self, batch: RolloutBatch) -> ForwardOutput:
+    @property
+    def needs_reference(self) -> bool:
+        """Whether every step makes a pass of the frozen reference."""
+        return self.algorithm.kl_coef > 0 or self.self_reward.c_ref == "model"
+
+    def setup(self, stage: str) -> None:
+        """Load the policy, and the reference where something uses it."""
+        self.policy = self.load()
+        self.head = ResponseHead(self.policy)
+        if self.needs_reference and not has_adapter(self.policy):
+            self.reference = self.load().requires_grad_(False).eval()
+            self.reference_head = ResponseHead(self.reference)
+
+    def trainable_parameters(self) -> dict[str, Parameter]:
+        """The policy's parameters that are trained, by name, in the optimizer's order."""
+        return {
+            name: parameter
+            for name, parameter in self.policy.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def forward(self, batch: RolloutBatch, layout: Layout = "padded") -> ForwardOutput:
         """Response log-probs and the score token's log-prob under the policy."""
-        return response_forward(self.policy, batch, self.score_token_id, self.temperature)
+        return response_forward(
+            self.policy, self.head, batch, self.score_token_id, self.temperature, layout
+        )
 
     @torch.no_grad()
-    def reference_forward(self, batch: RolloutBatch) -> ForwardOutput:
+    def reference_forward(self, batch: RolloutBatch, layout: Layout = "padded") -> ForwardOutput:
         """The same under the frozen reference, without gradient."""
-        if self.reference is None:
+        if has_adapter(self.policy):
+            with without_adapter(self.policy):
+                return self(batch, layout)
+        if self.reference is None or self.reference_head is None:
             raise RuntimeError("the configuration keeps no reference")
-        self.reference.eval()
-        return response_forward(self.reference, batch, self.score_token_id, self.temperature)
+        return response_forward(
+            self.reference, self.reference_head, batch, self.score_token_id, self.temperature,
+            layout,
+        )  # fmt: skip
 
-    def begin_step(self, totals: StepTotals) -> None:
-        """Take the step's counts, before its first micro-batch."""
+    def begin_step(self, totals: StepTotals, layout: Layout = "padded") -> None:
+        """Take the step's counts and its layout, before its first micro-batch."""
         self.totals = totals
+        self.layout = layout
         self.num_tokens += totals.num_tokens
         self._sums = {}
 
@@ -117,12 +169,12 @@ class LaserModule(LightningModule):
         if self.totals is None:
             raise RuntimeError("training_step before begin_step")
         totals = self.totals
-        output = self(batch)
+        output = self(batch, self.layout)
         # One update a rollout batch: the policy that sampled is the current one.
         policy_loss = clipped_policy_loss(
             output.logprobs,
             output.logprobs.detach(),
-            batch.advantages,
+            self._corrected_advantages(output, batch, totals),
             batch.response_mask,
             clip_low=self.algorithm.clip_low,
             clip_high=self.algorithm.clip_high,
@@ -141,13 +193,14 @@ class LaserModule(LightningModule):
         self._add("train/loss", loss)
         self._add("train/policy_loss", policy_loss.loss)
         self._add("train/self_reward_loss", judge_loss)
-        share = batch.response_mask.sum() / totals.num_tokens
+        share = batch.response_mask.sum() / totals.num_trained_tokens
         self._add("train/clip_fraction", policy_loss.clip_fraction * share)
         self._add("train/dual_clip_fraction", policy_loss.dual_clip_fraction * share)
         self._add("train/approx_kl", policy_loss.approx_kl * share)
-        self._add("train/entropy", output.entropy.sum() / totals.num_tokens)
+        self._add("train/entropy", output.entropy.sum() / totals.num_trained_tokens)
         gap = (output.logprobs.detach() - batch.rollout_logprobs).abs()
-        self._add("rollout/logprob_gap_mean", gap.sum() / totals.num_tokens)
+        mean_gap = gap.nan_to_num(nan=0.0).sum() / totals.num_trained_tokens
+        self._add("rollout/logprob_gap_mean", mean_gap)
         # Lightning takes the mean over micro-batches, DDP and DeepSpeed over ranks; the normalizers
         # are of the whole step already.
         return loss * totals.num_micro_batches * totals.num_ranks
@@ -161,15 +214,9 @@ class LaserModule(LightningModule):
         self.step_metrics["train/num_tokens"] = self.num_tokens
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the policy, and its schedule a step."""
+        """The configured optimizer over the trained parameters, and its schedule a step."""
         settings = self.optimizer_config
-        optimizer = torch.optim.AdamW(
-            [p for p in self.policy.parameters() if p.requires_grad],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
+        optimizer = build_optimizer(settings, list(self.trainable_parameters().values()))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(settings, step, self.max_steps)
         )
@@ -184,15 +231,23 @@ class LaserModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient norm; a gradient that is not finite makes the update skip the step."""
+        """Clip the gradient norm; a gradient that is not finite makes the update skip the step.
+
+        Not where the strategy does both, and calls `record_update` itself.
+        """
+        if self.strategy_clips:
+            return
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
-        self.step_metrics["train/grad_norm"] = float(norm)
-        self.step_metrics["train/lr"] = optimizer.param_groups[0]["lr"]
-        if not math.isfinite(float(norm)):
-            # AdamW leaves a parameter without a gradient as it is, its moments included.
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf))
+        if not math.isfinite(norm):
+            # The optimizers leave a parameter without a gradient as it is, its moments included.
             optimizer.zero_grad(set_to_none=True)
-            self.num_bad_steps += 1
+        self.record_update(norm)
+
+    def record_update(self, grad_norm: float) -> None:
+        """Note the gradient norm of an update; one that is not finite was skipped, and counts."""
+        self.step_metrics["train/grad_norm"] = grad_norm
+        self.num_bad_steps += not math.isfinite(grad_norm)
 
     def transfer_batch_to_device(
         self, batch: RolloutBatch, device: torch.device, dataloader_idx: int
@@ -201,10 +256,10 @@ class LaserModule(LightningModule):
         return batch.to(device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the run has measured; the reference is loaded from its model again."""
-        state = checkpoint["state_dict"]
-        for key in [key for key in state if key.startswith("reference.")]:
-            del state[key]
+        """Keep what is trained and what the run has measured; the rest is loaded again."""
+        checkpoint["state_dict"] = {
+            f"policy.{name}": parameter for name, parameter in self.trainable_parameters().items()
+        }
         checkpoint["laser"] = {name: getattr(self, name) for name in _MEASURED}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -217,6 +272,17 @@ class LaserModule(LightningModule):
         """Whether the self-reward loss counts at the current step."""
         warmup = self.self_reward.reasoning_warmup_steps
         return self.self_reward.is_trained and self_reward_loss_active(self.step, warmup)
+
+    def _corrected_advantages(
+        self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals
+    ) -> Tensor:
+        """[B], or [B, T] with each token's weight for the engine's log-probs being others."""
+        if self.importance_cap is None:
+            return batch.advantages
+        weights = importance_weights(output.logprobs, batch.rollout_logprobs, self.importance_cap)
+        capped = (weights >= self.importance_cap) & batch.response_mask
+        self._add("rollout/importance_capped_fraction", capped.sum() / totals.num_trained_tokens)
+        return batch.advantages.unsqueeze(1) * weights
 
     def _self_reward_loss(
         self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals
@@ -240,6 +306,33 @@ class LaserModule(LightningModule):
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().float()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+def build_optimizer(settings: OptimizerConfig, parameters: list[Parameter]) -> Optimizer:
+    """The optimizer that the configuration names, over the parameters."""
+    match settings:
+        case SGDConfig():
+            return torch.optim.SGD(
+                parameters,
+                lr=settings.lr,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+            )
+        case AdamWConfig(name="deepspeed_cpu_adam"):
+            # Imported here: it compiles its C++ code.
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            kind: Any = DeepSpeedCPUAdam
+        case AdamWConfig():
+            kind = torch.optim.AdamW
+    optimizer: Optimizer = kind(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    return optimizer
 
 
 def lr_factor(settings: OptimizerConfig, step: int, max_steps: int) -> float:

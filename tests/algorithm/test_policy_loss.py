@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laser_pl.algorithm.policy_loss import aggregate, clipped_policy_loss, kl_estimate
+from laser_pl.algorithm.policy_loss import (
+    aggregate,
+    clipped_policy_loss,
+    importance_weights,
+    kl_estimate,
+)
 
 PROPERTY = settings(deadline=None, database=None, derandomize=True, max_examples=40)
 AGGREGATIONS = ["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean"]
@@ -365,3 +370,16 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
 def test_kl_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"logprobs \[2, 3\], reference_logprobs \[3\]"):
         kl_estimate(torch.zeros(2, 3), torch.zeros(3))
+
+
+def test_importance_weights_are_capped_ratios_and_1_where_the_engine_does_not_know():
+    logprobs = torch.tensor([[-1.0, -2.0, -1.0, -4.0]], requires_grad=True)
+    of_engine = torch.tensor([[-1.0, -3.0, -0.5, math.nan]])
+    weights = importance_weights(logprobs, of_engine, cap=2.0)
+    # exp(0), exp(1) = 2.7 capped, exp(-0.5), unknown
+    assert weights[0].tolist() == pytest.approx([1.0, 2.0, math.exp(-0.5), 1.0])
+    assert not weights.requires_grad
+    with pytest.raises(ValueError, match="cap must be at least 1"):
+        importance_weights(logprobs, of_engine, cap=0.5)
+    with pytest.raises(ValueError, match="shape"):
+        importance_weights(logprobs, of_engine[:, :2], cap=2.0)

@@ -1,5 +1,6 @@
 """The module's loss is the step's, whatever the micro-batches; bad gradients change nothing."""
 
+import copy
 import math
 import os
 import socket
@@ -15,7 +16,13 @@ from laser_pl.algorithm import clipped_policy_loss, self_reward_loss
 from laser_pl.config import Config
 from laser_pl.rollout.batch import RolloutBatch, pad_rollouts
 from laser_pl.rollout.engine import Rollout
-from laser_pl.rollout.scoring import add_advantages, add_class_weights, step_totals
+from laser_pl.rollout.micro_batches import deal_groups
+from laser_pl.rollout.scoring import (
+    add_advantages,
+    add_class_weights,
+    is_trained,
+    step_totals,
+)
 from laser_pl.training.module import LaserModule, lr_factor
 
 SCORE_TOKEN = 2
@@ -35,7 +42,8 @@ def make_batch(num_groups: int = 4, seed: int = 0) -> RolloutBatch:
         if row % 4:
             ids[-1] = 1
         logprobs = (0.0,) * length
-        rollouts.append(Rollout(row // 4, tuple(ids), logprobs, ids[-1] == 1, -11.0))
+        reason = "eos" if ids[-1] == 1 else "length"
+        rollouts.append(Rollout(row // 4, tuple(ids), logprobs, reason, -11.0))
     batch = pad_rollouts(rollouts, prompts, pad_token_id=0)
     batch.rewards = torch.tensor(draw(0, 2, len(batch)), dtype=torch.float32)
     batch.c_ref = torch.full((len(batch),), -10.0)
@@ -43,10 +51,12 @@ def make_batch(num_groups: int = 4, seed: int = 0) -> RolloutBatch:
 
 
 def make_module(model, config: Config, max_steps: int = 10) -> LaserModule:
+    models = iter([model, copy.deepcopy(model)])
     module = LaserModule(
-        model, None, SCORE_TOKEN, config.algorithm, config.self_reward, config.optimizer,
+        lambda: next(models), SCORE_TOKEN, config.algorithm, config.self_reward, config.optimizer,
         temperature=1.0, max_steps=max_steps,
     )  # fmt: skip
+    module.setup("fit")
     return module
 
 
@@ -57,10 +67,14 @@ def prepared(config: Config) -> RolloutBatch:
     return batch
 
 
+def cut(batch: RolloutBatch, size: int) -> list[RolloutBatch]:
+    return [batch.select(rows) for rows in torch.arange(len(batch)).split(size)]
+
+
 def step_gradient(module: LaserModule, parts: list[RolloutBatch], batch: RolloutBatch) -> Tensor:
     """The gradient as Lightning accumulates it: the mean over micro-batches."""
     module.zero_grad()
-    module.begin_step(step_totals(batch, len(parts)))
+    module.begin_step(step_totals(batch, batch, len(parts)))
     for index, part in enumerate(parts):
         (module.training_step(part, index) / len(parts)).backward()
     return torch.cat([p.grad.flatten() for p in module.policy.parameters()])
@@ -77,7 +91,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_size(
     module = make_module(make_model(), config)
     batch = prepared(config)
     whole = step_gradient(module, [batch], batch)
-    parts = step_gradient(module, batch.micro_batches(size), batch)
+    parts = step_gradient(module, cut(batch, size), batch)
     assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
 
 
@@ -87,7 +101,7 @@ def test_the_gradient_does_not_depend_on_the_order_of_the_sequences(make_model, 
     batch = prepared(config)
     shuffled = batch.select(torch.randperm(len(batch), generator=torch.Generator().manual_seed(1)))
     first = step_gradient(module, [batch], batch)
-    second = step_gradient(module, shuffled.micro_batches(4), shuffled)
+    second = step_gradient(module, cut(shuffled, 4), shuffled)
     assert torch.allclose(first, second, rtol=1e-6, atol=1e-9)
 
 
@@ -100,7 +114,7 @@ def gradient_of_rank(rank: int, port: int, config: Config, model, folder: Path) 
     mine = whole.select(((whole.groups // 2) == rank).nonzero().squeeze(1))
     add_advantages(mine, config.algorithm, config.self_reward, step=1)
     add_class_weights(mine)
-    gradient = step_gradient(make_module(model, config), mine.micro_batches(2), mine)
+    gradient = step_gradient(make_module(model, config), cut(mine, 2), mine)
     dist.all_reduce(gradient)
     torch.save(gradient / 2, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -129,7 +143,7 @@ def test_the_loss_is_policy_loss_plus_alpha_times_self_reward_loss(make_model, c
     )
     module = make_module(make_model().double(), config)
     batch = prepared(config)
-    module.begin_step(step_totals(batch, 1))
+    module.begin_step(step_totals(batch, batch, 1))
     loss = module.training_step(batch, 0)
     output = module(batch)
     policy = clipped_policy_loss(
@@ -223,3 +237,51 @@ def test_micro_batches_reach_the_module_in_float32_under_bf16(make_model, compos
     trainer.strategy.connect(module)
     moved = trainer.strategy.precision_plugin.convert_input(make_batch())
     assert moved.rewards.dtype == torch.float32
+
+
+def test_importance_weights_scale_each_tokens_gradient(make_model, compose_config):
+    """Against the plain loss with [B, T] advantages that have the weights in them."""
+    config = compose_config("self_reward=off")
+    batch = prepared(config)
+    model = make_model()
+    plain = make_module(copy.deepcopy(model), config)
+    logprobs = plain(batch).logprobs.detach()
+    noise = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(3))
+    batch.rollout_logprobs = logprobs - noise
+    corrected = make_module(copy.deepcopy(model), config)
+    corrected.importance_cap = 1.5
+    gradient = step_gradient(corrected, [batch], batch)
+    batch.advantages = batch.advantages.unsqueeze(1) * noise.exp().clamp(max=1.5)
+    assert torch.allclose(gradient, step_gradient(plain, [batch], batch), rtol=1e-4, atol=1e-7)
+    capped = (noise.exp() >= 1.5) & batch.response_mask
+    corrected.finish_step()
+    share = float(capped.sum() / batch.response_mask.sum())
+    assert corrected.step_metrics["rollout/importance_capped_fraction"] == pytest.approx(share)
+
+
+def test_groups_without_signal_are_left_out_only_where_nothing_trains_on_them(
+    make_model, compose_config
+):
+    config = compose_config("self_reward=off")
+    module = make_module(make_model(), config)
+    batch = make_batch()
+    batch.rewards = torch.tensor([1.0] * 4 + [1.0, 0.0] * 2 + [0.0] * 4 + [0.0, 0.0, 1.0, 0.0])
+    add_advantages(batch, config.algorithm, config.self_reward, step=1)
+    add_class_weights(batch)
+    wanted = is_trained(batch, config, module)
+    assert wanted.view(4, 4).tolist() == [[False] * 4, [True] * 4, [False] * 4, [True] * 4]
+    kept = deal_groups(batch, wanted)
+    whole = step_gradient(module, [batch], batch)
+    module.zero_grad()
+    module.begin_step(step_totals(batch, kept, 1))
+    module.training_step(kept, 0).backward()
+    part = torch.cat([p.grad.flatten() for p in module.policy.parameters()])
+    assert len(kept) == 8 and float(whole.abs().max()) > 0
+    assert torch.allclose(part, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
+    for overrides in (
+        ["training.skip_zero_advantage=false", "self_reward=off"],
+        ["algorithm.kl_coef=0.1", "self_reward=off"],
+        ["self_reward.reasoning_warmup_steps=0"],
+    ):
+        config = compose_config(*overrides)
+        assert bool(is_trained(batch, config, make_module(make_model(), config)).all())
