@@ -209,6 +209,7 @@ class VerifierPool:
         self.num_crashes = 0
         self.num_errors = 0
         self._processes: ProcessPool | None = None
+        self._pending: set[Future[Any]] = set()
         if num_workers > 0:
             self._pickled = _pickle(verifier)
 
@@ -275,7 +276,13 @@ class VerifierPool:
         return answers
 
     def close(self) -> None:
-        """Stop the processes; a later call starts new ones."""
+        """Stop the processes; a later call starts new ones.
+
+        Whoever waits for verdicts in another thread gets a CancelledError: the pool itself would
+        leave them waiting for ever.
+        """
+        for future in list(self._pending):
+            future.cancel()
         if self._processes is not None:
             self._processes.stop()
             self._processes.join()
@@ -324,6 +331,7 @@ class VerifierPool:
             for index in indices:
                 arguments = (function, calls[index])
                 futures[index] = processes.schedule(_work, arguments, timeout=self.timeout_s)
+                self._pending.add(futures[index])
             for index, future in futures.items():
                 results[index] = _outcome(future)
         except (BrokenProcessPool, RuntimeError):
@@ -334,6 +342,8 @@ class VerifierPool:
             for future in futures.values():
                 future.cancel()
             raise
+        finally:
+            self._pending.difference_update(futures.values())
 
     def _started(self) -> ProcessPool:
         if self._processes is None:

@@ -100,8 +100,11 @@ class Collector:
             )
             generated = time.perf_counter()
             parts = [(some, future.result()) for some, future in early]
+        except BaseException:
+            self.verifier.close()  # nobody waits for the other verdicts any more
+            raise
         finally:
-            background.shutdown(wait=False, cancel_futures=True)
+            background.shutdown(cancel_futures=True)
         if not has_processes:
             parts = [(rollouts, self._verify(prompts, rollouts))]
         found = {

@@ -1,5 +1,6 @@
 """Responses are verified while others are still sampled, and get their own verdicts."""
 
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -50,6 +51,12 @@ def hang_on_c(problem: Problem, response: str) -> Verdict:
     return Verdict(1.0, response)
 
 
+def fail_on_c_and_hang_on_h(problem: Problem, response: str) -> Verdict:
+    if response == "H":
+        time.sleep(60)
+    return fail_on_c(problem, response)
+
+
 def fail_on_c(problem: Problem, response: str) -> Verdict:
     if response == "C":
         raise ValueError("no idea")
@@ -90,3 +97,17 @@ def test_a_verifier_that_hangs_is_cut_off_scored_0_and_counted(tokenizer):
 def test_a_verifier_that_fails_stops_the_rollouts_with_its_message(tokenizer, num_workers):
     with pytest.raises(UserError, match="verifier: problem 1: ValueError: no idea"):
         collect(tokenizer, fail_on_c, SlowEngine(texts=list("AACAAA")), num_workers)
+
+
+def test_nothing_waits_for_verdicts_after_a_failure(tokenizer):
+    before = set(threading.enumerate())
+    start = time.perf_counter()
+    # The last of them is sampled first: C fails while H is being verified.
+    with pytest.raises(UserError, match="ValueError: no idea"):
+        collect(
+            tokenizer, fail_on_c_and_hang_on_h, SlowEngine(texts=list("AAAAHC")), timeout_s=50.0
+        )
+    assert time.perf_counter() - start < 20
+    # A thread that still waits would keep the process from ending.
+    left = [t for t in set(threading.enumerate()) - before if t.is_alive() and not t.daemon]
+    assert not left
