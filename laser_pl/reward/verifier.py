@@ -275,14 +275,14 @@ class VerifierPool:
             answers.append(result)
         return answers
 
-    def close(self) -> None:
-        """Stop the processes; a later call starts new ones.
-
-        Whoever waits for verdicts in another thread gets a CancelledError: the pool itself would
-        leave them waiting for ever.
-        """
+    def cancel(self) -> None:
+        """Give up what is being verified: whoever waits for it in another thread, and alone may
+        use the pool until then, gets a CancelledError."""
         for future in list(self._pending):
             future.cancel()
+
+    def close(self) -> None:
+        """Stop the processes; a later call starts new ones."""
         if self._processes is not None:
             self._processes.stop()
             self._processes.join()

@@ -101,7 +101,7 @@ class Collector:
             generated = time.perf_counter()
             parts = [(some, future.result()) for some, future in early]
         except BaseException:
-            self.verifier.close()  # nobody waits for the other verdicts any more
+            self.verifier.cancel()  # nobody waits for the other verdicts any more
             raise
         finally:
             background.shutdown(cancel_futures=True)
