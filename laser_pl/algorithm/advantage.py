@@ -73,6 +73,26 @@ def grpo_advantage(
     return (rewards - mean) / (std + eps) if normalize_std else rewards - mean
 
 
+def overlong_penalty(num_tokens: Tensor, max_tokens: int, buffer: int) -> Tensor:
+    """Soft punishment of long responses, which is added to the reward before the advantages.
+
+    0 up to max_tokens - buffer tokens, then falling linearly to -1 at max_tokens.
+
+    Args:
+        num_tokens: [N] int response tokens.
+        max_tokens: the length limit.
+        buffer: tokens before it in which the penalty grows, 1 to max_tokens.
+    Returns:
+        [N] float32 penalties, -1 to 0.
+    Raises:
+        ValueError: buffer is not 1 to max_tokens.
+    Source: DAPO, arXiv 2503.14476, equation 13.
+    """
+    if not 1 <= buffer <= max_tokens:
+        raise ValueError(f"buffer must be 1 to max_tokens = {max_tokens}, found {buffer}")
+    return ((max_tokens - buffer - num_tokens).float() / buffer).clamp(-1, 0)
+
+
 def rloo_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
     """Leave-one-out advantage: the reward minus the mean reward of the others in the group.
 

@@ -142,6 +142,95 @@ def clipped_policy_loss(
     )
 
 
+def gspo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    normalizer: float | None = None,
+) -> PolicyLoss:
+    """Clipped surrogate loss with one ratio a sequence: the mean of max(-A * s, -A * clip(s)).
+
+    s = exp(mean over the response's tokens of logprobs - old_logprobs), the exponent clamped to
+    [-20, 20]. Its clip is much narrower than a token's, since a mean of many log-ratios is small.
+
+    Args:
+        logprobs: [B, T] log-probs of the response tokens (nats), of the distribution sampled from.
+        old_logprobs: [B, T] the same at the step's start; a constant.
+        advantages: [B], or [B, T] with a weight a token; a constant.
+        mask: [B, T] bool, True on response tokens, EOS included.
+        clip_low: distance of the lower clip from a ratio of 1.
+        clip_high: distance of the upper clip from a ratio of 1.
+        normalizer: sequences of the whole step; None is B.
+    Returns:
+        The loss, and what to log of it; dual_clip_fraction is 0.
+    Raises:
+        ValueError: shapes do not fit, or normalizer not greater than 0.
+    Source: GSPO, arXiv 2507.18071, equations 5 to 7.
+    """
+    check_same_shape(2, logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
+    # Filled, since the ratio is the whole row's: in the backward pass 0 * inf would be nan.
+    advantages = _token_advantages(advantages, logprobs).masked_fill(~mask.bool(), 0)
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~mask.bool(), 0)
+    num_tokens = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (log_ratio.sum(dim=1, keepdim=True) / num_tokens).clamp(-20, 20)
+    ratio = mean.exp().expand_as(logprobs)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.maximum(unclipped, clipped)
+    return PolicyLoss(
+        loss=aggregate(surrogate, mask, "sequence_mean_token_mean", normalizer),
+        clip_fraction=aggregate((clipped > unclipped).to(logprobs.dtype), mask),
+        dual_clip_fraction=logprobs.new_zeros(()),
+        approx_kl=aggregate(-log_ratio.detach(), mask),
+    )
+
+
+def cispo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+    aggregation: str = "token_mean",
+    normalizer: float | None = None,
+) -> PolicyLoss:
+    """REINFORCE with a clipped ratio as a constant weight: -sg(clip(ratio)) * A * logprobs.
+
+    Unlike in the clipped surrogate, a token beyond the clip keeps its gradient.
+
+    Args:
+        logprobs: [B, T] log-probs of the response tokens (nats), of the distribution sampled from.
+        old_logprobs: [B, T] the same at the step's start; a constant.
+        advantages: [B] or [B, T]; a constant.
+        mask: [B, T] bool, True on response tokens, EOS included.
+        clip_low: distance of the lower clip from a ratio of 1; 1 or more is no lower clip.
+        clip_high: distance of the upper clip from a ratio of 1.
+        aggregation: as in aggregate.
+        normalizer: as in aggregate.
+    Returns:
+        The loss, and what to log of it; dual_clip_fraction is 0.
+    Raises:
+        ValueError: shapes do not fit, unknown aggregation, or normalizer not greater than 0.
+    Source: CISPO, MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
+    """
+    check_same_shape(2, logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
+    advantages = _token_advantages(advantages, logprobs)
+    logprobs = logprobs.masked_fill(~mask.bool(), 0)
+    log_ratio = (logprobs - old_logprobs).detach().masked_fill(~mask.bool(), 0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return PolicyLoss(
+        loss=aggregate(-clipped * advantages * logprobs, mask, aggregation, normalizer),
+        clip_fraction=aggregate((clipped != ratio).to(logprobs.dtype), mask),
+        dual_clip_fraction=logprobs.new_zeros(()),
+        approx_kl=aggregate(-log_ratio, mask),
+    )
+
+
 def _token_advantages(advantages: Tensor, logprobs: Tensor) -> Tensor:
     """Advantages [B] or [B, T] as a constant [B, T] with the dtype of logprobs."""
     if advantages.dim() == 1:

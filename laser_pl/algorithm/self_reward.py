@@ -32,6 +32,25 @@ def self_reward_score(token_logprob: Tensor, reference: float | Tensor, beta: fl
     return beta * (token_logprob - reference)
 
 
+def two_token_score(correct_logprob: Tensor, incorrect_logprob: Tensor) -> Tensor:
+    """Score from two reserved tokens: sigmoid(log pi(z_c | x, y) - log pi(z_i | x, y)).
+
+    The chance that the model gives z_c, were it to choose between the two; no reference and no beta
+    are needed. Trained with the squared error to the reward it is a Brier score.
+
+    Args:
+        correct_logprob: [B] log-prob (nats) after EOS of z_c, the token that says correct.
+        incorrect_logprob: [B] the same of z_i, the token that says incorrect.
+    Returns:
+        [B] scores from 0 to 1 with the dtype, device and gradient of the log-probs.
+    Raises:
+        ValueError: the log-probs are not 1-D of one length.
+    Source: CREDO, arXiv 2609.34857.
+    """
+    check_same_shape(1, correct_logprob=correct_logprob, incorrect_logprob=incorrect_logprob)
+    return torch.sigmoid(correct_logprob - incorrect_logprob)
+
+
 def partition_excess(c_ref: float, beta: float, reward: float = 1.0) -> float:
     """How far the method's approximation Z = 1 is off: Z - 1 = exp(c_ref) * (exp(r / beta) - 1).
 

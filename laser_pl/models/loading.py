@@ -202,40 +202,41 @@ def _listed_eos(settings: Any) -> list[int]:
 
 
 def resolve_token(
-    token: int | str, tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]
+    token: int | str,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: tuple[int, ...],
+    key: str = "self_reward.token",
 ) -> int:
-    """The id of the score token from an id, its text, or an alias.
+    """The id of a score token from an id, its text, or an alias; `key` is for messages.
 
     Raises:
         UserError: not in the vocabulary, or equal to EOS or pad.
     """
-    token_id = _token_id(token, tokenizer)
+    token_id = _token_id(token, tokenizer, key)
     if token_id in eos_ids:
         raise UserError(
-            f"self_reward.token = {token}: is the EOS token (id {token_id}), which ends every "
+            f"{key} = {token}: is the EOS token (id {token_id}), which ends every "
             "answer; use a token that never occurs, such as a reserved one"
         )
     if token_id == tokenizer.pad_token_id:
         raise UserError(
-            f"self_reward.token = {token}: is the pad token (id {token_id}); use a token that "
+            f"{key} = {token}: is the pad token (id {token_id}); use a token that "
             "never occurs, such as a reserved one"
         )
     return token_id
 
 
-def _token_id(token: int | str, tokenizer: PreTrainedTokenizerBase) -> int:
+def _token_id(token: int | str, tokenizer: PreTrainedTokenizerBase, key: str) -> int:
     vocabulary = tokenizer.get_vocab()
     if isinstance(token, int) or token.isdecimal():
         if not 0 <= int(token) < len(tokenizer):
-            raise UserError(
-                f"self_reward.token = {token}: the vocabulary has ids 0 to {len(tokenizer) - 1}"
-            )
+            raise UserError(f"{key} = {token}: the vocabulary has ids 0 to {len(tokenizer) - 1}")
         return int(token)
     text = TOKEN_ALIASES.get(token, token)
     if text not in vocabulary:
         near = suggestion(text, set(tokenizer.all_special_tokens) | set(TOKEN_ALIASES))
         near = near or suggestion(text, set(tokenizer.get_added_vocab()))
-        raise UserError(f"self_reward.token = {token}: not in the vocabulary{near}")
+        raise UserError(f"{key} = {token}: not in the vocabulary{near}")
     return int(vocabulary[text])
 
 

@@ -31,6 +31,7 @@ class RolloutBatch:
         groups: [N] int, which prompt of the step a rollout answers.
         rollout_logprobs: [N, T] as the engine reported them, 0 under the padding.
         token_logprob: [N] log pi(z_c | x, y) in nats as the engine read it, NaN where truncated.
+        incorrect_logprob: [N] the same of z_i, the token that says incorrect; NaN without one.
         rewards: [N] the verifier's verdicts, 0 or 1.
         c_ref: [N] the score's constant in nats, one number repeated or the reference's own.
         reference_logprobs: [N, T] under the frozen reference; 0 without a KL term.
@@ -51,6 +52,7 @@ class RolloutBatch:
         groups: Tensor,
         rollout_logprobs: Tensor,
         token_logprob: Tensor,
+        incorrect_logprob: Tensor,
         rewards: Tensor,
         c_ref: Tensor,
         reference_logprobs: Tensor,
@@ -67,6 +69,7 @@ class RolloutBatch:
         self.groups = groups
         self.rollout_logprobs = rollout_logprobs
         self.token_logprob = token_logprob
+        self.incorrect_logprob = incorrect_logprob
         self.rewards = rewards
         self.c_ref = c_ref
         self.reference_logprobs = reference_logprobs
@@ -172,6 +175,7 @@ def pad_rollouts(
         groups=torch.tensor([r.prompt_index for r in rollouts]),
         rollout_logprobs=logprobs,
         token_logprob=torch.tensor([r.token_logprob for r in rollouts]),
+        incorrect_logprob=torch.tensor([r.incorrect_logprob for r in rollouts]),
         rewards=torch.zeros(num_rows),
         c_ref=torch.zeros(num_rows),
         reference_logprobs=torch.zeros(num_rows, num_columns),

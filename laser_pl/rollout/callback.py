@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from laser_pl.errors import UserError
 from laser_pl.evaluation.metrics import verification_metrics
 from laser_pl.logs.progress import set_phase
 from laser_pl.logs.samples import Sample, SamplesFile
-from laser_pl.rollout.batch import RolloutBatch
+from laser_pl.rollout.batch import RolloutBatch, join
 from laser_pl.rollout.collect import Collected, Collector
 from laser_pl.rollout.micro_batches import deal_groups, make_plan
 from laser_pl.rollout.scoring import (
@@ -69,6 +70,8 @@ class RolloutCallback(Callback):
         self.config = config
         self.samples = samples
         self.tell = tell
+        self.samples_of_step: list[Sample] = []
+        self.scores_of_step: dict[str, list[float]] = {}  # of this rank, by verdict
         self.calibrate_s = 0.0
         self._step_start = 0.0
         self._update_start = 0.0
@@ -93,14 +96,10 @@ class RolloutCallback(Callback):
         # Dropout, where a model has it, then depends on the step alone too.
         torch.manual_seed(derive_seed(self.config.seed, "update", module.step, rank()))
         with self.collector.engine.weights_of(module.policy):
-            collected = self.collector.collect(
-                data.prompts_of_step(module.step),
-                self.config.rollouts_per_prompt,
-                derive_seed(self.config.seed, "rollout", module.step, rank()),
-            )
+            collected = self._collect(data, module.step)
         batch, settings = collected.batch, module.policy.config
         add_scores(batch, module, lambda: make_plan(batch, self.config, settings))
-        add_advantages(batch, self.config.algorithm, self.config.self_reward, module.step)
+        add_advantages(batch, self.config, module.step)
         add_class_weights(batch)
         trained = self._trained(batch, module)
         plan = make_plan(trained, self.config, settings)
@@ -112,6 +111,25 @@ class RolloutCallback(Callback):
         self._keep_samples(collected, module.step)
         set_phase(trainer, "update")
         self._update_start = time.perf_counter()
+
+    def _collect(self, data: PromptDataModule, step: int) -> Collected:
+        """The step's rollouts; prompts with equal rewards are replaced if so configured."""
+        number = self.config.rollouts_per_prompt
+        collected = self.collector.collect(
+            data.prompts_of_step(step),
+            number,
+            derive_seed(self.config.seed, "rollout", step, rank()),
+        )
+        for round_number in range(1, self.config.algorithm.dynamic_sampling + 1):
+            useless = groups_without_signal(collected.batch)
+            # Every rank samples in every round: under ZeRO-3 they gather the weights together.
+            if not any_rank(bool(useless)):
+                break
+            seed = derive_seed(self.config.seed, "dynamic", step, round_number, rank())
+            prompts = random.Random(seed).choices(data.train, k=max(1, len(useless)))
+            fresh = self.collector.collect(prompts, number, seed)
+            collected = replace_groups(collected, useless, fresh)
+        return collected
 
     def _trained(self, batch: RolloutBatch, module: LaserModule) -> RolloutBatch:
         """The sequences that this rank trains on."""
@@ -160,9 +178,61 @@ class RolloutCallback(Callback):
         return {name: float(value) for name, value in metrics.items()}
 
     def _keep_samples(self, collected: Collected, step: int) -> None:
-        if self.samples is not None:
-            rows = range(min(SAMPLES_PER_STEP, len(collected.batch)))
-            self.samples.write(training_samples(collected, rows, step, self.collector.tokenizer))
+        if self.samples is None:
+            return
+        batch = collected.batch
+        rows = range(min(SAMPLES_PER_STEP, len(batch)))
+        self.samples_of_step = training_samples(collected, rows, step, self.collector.tokenizer)
+        self.samples.write(self.samples_of_step)
+        is_correct = batch.rewards > 0.5
+        self.scores_of_step = {
+            verdict: batch.scores[batch.finished & mask].tolist()
+            for verdict, mask in (("correct", is_correct), ("incorrect", ~is_correct))
+        }
+
+
+def groups_without_signal(batch: RolloutBatch) -> list[int]:
+    """The prompts, by their number in the batch, whose responses all have the same reward."""
+    return [
+        int(group)
+        for group in batch.groups.unique()
+        if batch.rewards[batch.groups == group].unique().numel() == 1
+    ]
+
+
+def replace_groups(collected: Collected, places: Sequence[int], fresh: Collected) -> Collected:
+    """Put the fresh prompts whose rewards differ in the places of others, as far as they go.
+
+    Source: dynamic sampling, DAPO, arXiv 2503.14476.
+    """
+    useless = set(groups_without_signal(fresh.batch))
+    useful = [number for number in range(len(fresh.prompts)) if number not in useless]
+    taken = dict(zip(places, useful, strict=False))
+    parts = [
+        _group(fresh, taken[place]) if place in taken else _group(collected, place)
+        for place in range(len(collected.prompts))
+    ]
+    return Collected(
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        batch=join([part.batch for part in parts]),
+        responses=[text for part in parts for text in part.responses],
+        verdicts=[verdict for part in parts for verdict in part.verdicts],
+        rollout_s=collected.rollout_s + fresh.rollout_s,
+        verify_s=collected.verify_s + fresh.verify_s,
+    )
+
+
+def _group(collected: Collected, number: int) -> Collected:
+    """One prompt's part."""
+    rows = (collected.batch.groups == number).nonzero().squeeze(1)
+    return Collected(
+        [collected.prompts[number]],
+        collected.batch.select(rows),
+        [collected.responses[row] for row in rows.tolist()],
+        [collected.verdicts[row] for row in rows.tolist()],
+        0.0,
+        0.0,
+    )
 
 
 _JUDGED = ("f1", "auroc", "accuracy", "accuracy_on_correct", "accuracy_on_incorrect")
@@ -224,7 +294,7 @@ def calibrate(
     if not isinstance(given, str):
         module.c_ref = given
     beta = config.self_reward.beta
-    if not config.self_reward.is_trained:
+    if not config.self_reward.is_trained or not config.self_reward.has_constant:
         return
     try:
         check_partition_excess(module.c_ref, beta)

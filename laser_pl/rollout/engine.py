@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Rollout:
         finish_reason: eos, length (cut at the limit) or stop (one of the stop texts came).
         token_logprob: log pi(z_c | x, y) in nats at temperature 1, read right after the EOS; NaN
             for a response without EOS.
+        incorrect_logprob: the same of z_i, the token that says incorrect; NaN without one.
     """
 
     prompt_index: int
@@ -57,6 +59,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     finish_reason: Literal["eos", "length", "stop"]
     token_logprob: float
+    incorrect_logprob: float = math.nan
 
     @property
     def finished(self) -> bool:

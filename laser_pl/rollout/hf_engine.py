@@ -36,6 +36,7 @@ class HFEngine:
         decode: turns token ids into text, where responses end at stop texts.
         keep_gathered: keep the copy of the whole weights that sharded ones need between steps.
         autocast: compute in bfloat16 where the training forward does, under bf16-mixed.
+        incorrect_token_id: z_i, the token that says incorrect, where two are used.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class HFEngine:
         decode: Callable[[list[int]], str] | None = None,
         keep_gathered: bool = False,
         autocast: bool = False,
+        incorrect_token_id: int | None = None,
     ) -> None:
         self.model: PreTrainedModel
         self._gathered: GatheredCopy | None = None
@@ -57,6 +59,7 @@ class HFEngine:
         self.decode = decode
         self.keep_gathered = keep_gathered
         self.autocast = autocast
+        self.incorrect_token_id = incorrect_token_id
 
     @contextmanager
     def weights_of(self, policy: PreTrainedModel) -> Iterator[None]:
@@ -149,6 +152,7 @@ class _Decoding:
         self.logprobs = torch.zeros(shape, device=device)
         self.length = torch.zeros(len(owners), dtype=torch.long, device=device)
         self.token_logprob = torch.full((len(owners),), math.nan, device=device)
+        self.incorrect_logprob = torch.full_like(self.token_logprob, math.nan)
         self.stopped: set[int] = set()
         self.returned = torch.zeros(len(owners), dtype=torch.bool, device=device)
         self.logits: Tensor  # [rows, V] of the next token
@@ -190,7 +194,9 @@ class _Decoding:
         done[self.row_of[self.alive]] = False
         self.returned |= done
         rows = done.nonzero().squeeze(1)
-        columns = (self.length, self.tokens, self.logprobs, self.token_logprob)
+        columns = (
+            self.length, self.tokens, self.logprobs, self.token_logprob, self.incorrect_logprob,
+        )  # fmt: skip
         values = zip(rows.tolist(), *(column[rows].tolist() for column in columns), strict=True)
         return {
             row: Rollout(
@@ -199,8 +205,9 @@ class _Decoding:
                 logprobs=tuple(logprobs[:length]),
                 finish_reason=self._finish_reason(row, token_logprob),
                 token_logprob=token_logprob,
+                incorrect_logprob=incorrect_logprob,
             )
-            for row, length, tokens, logprobs, token_logprob in values
+            for row, length, tokens, logprobs, token_logprob, incorrect_logprob in values
         }
 
     def _finish_reason(self, row: int, token_logprob: float) -> Literal["eos", "length", "stop"]:
@@ -263,9 +270,12 @@ class _Decoding:
         self.length[rows] += 1
 
     def _read_scores(self, ended: Tensor) -> None:
-        """Keep log pi(z_c | x, y) of the rows that were just fed their EOS."""
+        """Keep the score tokens' log-probs of the rows that were just fed their EOS."""
         logprobs = torch.log_softmax(self.logits[ended], dim=-1)
-        self.token_logprob[self.row_of[ended]] = logprobs[:, self.engine.score_token_id]
+        rows = self.row_of[ended]
+        self.token_logprob[rows] = logprobs[:, self.engine.score_token_id]
+        if self.engine.incorrect_token_id is not None:
+            self.incorrect_logprob[rows] = logprobs[:, self.engine.incorrect_token_id]
 
     def _compact(self) -> bool:
         """Drop the rows that are done if they are many; returns whether it did."""

@@ -11,10 +11,10 @@ from laser_pl.algorithm import (
     grpo_advantage,
     integrate_advantages,
     integration_active,
+    overlong_penalty,
     rloo_advantage,
-    self_reward_score,
 )
-from laser_pl.config import AlgorithmConfig, Config, SelfRewardConfig
+from laser_pl.config import Config, SelfRewardConfig
 from laser_pl.distributed import gather_over_ranks, rank, sum_over_ranks, world_size
 from laser_pl.rollout.batch import RolloutBatch
 from laser_pl.rollout.micro_batches import Plan
@@ -32,7 +32,7 @@ def add_scores(batch: RolloutBatch, module: LaserModule, plan: Callable[[], Plan
     batch.c_ref = torch.full((len(batch),), module.c_ref)
     if module.needs_reference:
         _add_reference(batch, module, plan())
-    scores = self_reward_score(batch.token_logprob, batch.c_ref, module.self_reward.beta)
+    scores = module.scores(batch.token_logprob, batch.incorrect_logprob, batch.c_ref)
     batch.scores = torch.where(batch.finished, scores, torch.zeros_like(scores))
 
 
@@ -46,21 +46,24 @@ def _add_reference(batch: RolloutBatch, module: LaserModule, plan: Plan) -> None
             batch.c_ref[index] = output.token_logprob.cpu()
 
 
-def add_advantages(
-    batch: RolloutBatch, algorithm: AlgorithmConfig, self_reward: SelfRewardConfig, step: int
-) -> None:
+def add_advantages(batch: RolloutBatch, config: Config, step: int) -> None:
     """Fill in the verifier's advantages, and those that the loss uses.
 
     Args:
         batch: N sequences with rewards and scores; filled in place. A group is whole on one rank.
-        algorithm: which advantage.
-        self_reward: tau, min_std and the warm-ups.
+        config: which advantage, the length limit near which rewards may fall, tau, the warm-ups.
         step: from 1.
     """
+    algorithm, self_reward = config.algorithm, config.self_reward
+    rewards = batch.rewards
+    if algorithm.overlong_fraction > 0:
+        limit = config.rollout.max_response_tokens
+        buffer = max(1, round(algorithm.overlong_fraction * limit))
+        rewards = rewards + overlong_penalty(batch.num_tokens, limit, buffer)
     if algorithm.advantage == "grpo":
-        verifier = grpo_advantage(batch.rewards, batch.groups, algorithm.normalize_std)
+        verifier = grpo_advantage(rewards, batch.groups, algorithm.normalize_std)
     else:
-        verifier = rloo_advantage(batch.rewards, batch.groups)
+        verifier = rloo_advantage(rewards, batch.groups)
     batch.verifier_advantages = batch.advantages = verifier
     if mixes(self_reward, step):
         batch.advantages = integrate_advantages(

@@ -25,11 +25,13 @@ class ForwardOutput(NamedTuple):
             temperature), 0 under the padding.
         token_logprob: [B] log pi(z_c | x, y) at temperature 1, from the logits row at the EOS; 0
             where truncated.
+        incorrect_logprob: [B] the same of z_i, the token that says incorrect; 0 without one.
         entropy: [B, T] entropy (nats) of the sampled distribution, without gradient.
     """
 
     logprobs: Tensor
     token_logprob: Tensor
+    incorrect_logprob: Tensor
     entropy: Tensor
 
 
@@ -145,6 +147,7 @@ def response_forward(
     score_token_id: int,
     temperature: float,
     layout: Layout = "padded",
+    incorrect_token_id: int | None = None,
 ) -> ForwardOutput:
     """Log-probs of the responses and of the score token, from one pass over the sequences.
 
@@ -157,6 +160,7 @@ def response_forward(
         temperature: of the rollouts.
         layout: one sequence a row and padding; or one row without padding; or that with one copy
             of a prompt for all its responses. The results are the same.
+        incorrect_token_id: z_i, where two tokens are used.
     Returns:
         The log-probs with gradient to the model's parameters.
     Source: LaSeR, arXiv 2510.14943: the score is read off the ordinary training forward. One copy
@@ -168,20 +172,22 @@ def response_forward(
         before, at_eos = _packed_states(model, pack(batch, share_prompts=layout == "shared"))
     responses = batch.response_ids[batch.response_mask]
     rows = batch.finished.nonzero().squeeze(1)
-    # One call for both: the score token after each EOS, at temperature 1, is one row more.
+    token_ids = [score_token_id, *([] if incorrect_token_id is None else [incorrect_token_id])]
+    # One call for all: each score token after each EOS, at temperature 1, is one row more.
+    judged = [at_eos.new_ones(rows.shape, dtype=torch.float32) for _ in token_ids]
     logprobs, entropy = head(
-        torch.cat([before, at_eos]),
-        torch.cat([responses, torch.full_like(rows, score_token_id)]),
-        torch.cat([at_eos.new_full(responses.shape, temperature, dtype=torch.float32),
-                   at_eos.new_ones(rows.shape, dtype=torch.float32)]),
-    )  # fmt: skip
-    sizes = [len(responses), len(rows)]
-    logprobs, scores = logprobs.split(sizes)
+        torch.cat([before, *(at_eos for _ in token_ids)]),
+        torch.cat([responses, *(torch.full_like(rows, token_id) for token_id in token_ids)]),
+        torch.cat([before.new_full(responses.shape, temperature, dtype=torch.float32), *judged]),
+    )
+    logprobs, *scores = logprobs.split([len(responses), *(len(rows) for _ in token_ids)])
     blank = logprobs.new_zeros(batch.response_mask.shape)
+    of_tokens = [blank.new_zeros(len(batch)).index_put((rows,), values) for values in scores]
     return ForwardOutput(
         logprobs=blank.masked_scatter(batch.response_mask, logprobs),
-        token_logprob=blank.new_zeros(len(batch)).index_put((rows,), scores),
-        entropy=blank.masked_scatter(batch.response_mask, entropy[: sizes[0]]),
+        token_logprob=of_tokens[0],
+        incorrect_logprob=of_tokens[1] if len(of_tokens) > 1 else blank.new_zeros(len(batch)),
+        entropy=blank.masked_scatter(batch.response_mask, entropy[: len(responses)]),
     )
 
 

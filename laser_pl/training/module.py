@@ -15,13 +15,18 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from laser_pl.algorithm import (
+    PolicyLoss,
     aggregate,
+    cispo_policy_loss,
     clipped_policy_loss,
+    gspo_policy_loss,
     importance_weights,
     kl_estimate,
     self_reward_loss,
     self_reward_loss_active,
     self_reward_score,
+    sft_loss,
+    two_token_score,
 )
 from laser_pl.config import (
     AdamWConfig,
@@ -74,6 +79,7 @@ class LaserModule(LightningModule):
         temperature: of the rollouts; the log-probs are of the distribution sampled from.
         max_steps: steps of the run, for the schedule.
         importance_cap: of the weights that correct for the engine's log-probs; None corrects not.
+        incorrect_token_id: z_i, where the score uses two tokens.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class LaserModule(LightningModule):
         temperature: float,
         max_steps: int,
         importance_cap: float | None = None,
+        incorrect_token_id: int | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # the reference is not in checkpoints
@@ -101,6 +108,7 @@ class LaserModule(LightningModule):
         self.temperature = temperature
         self.max_steps = max_steps
         self.importance_cap = importance_cap
+        self.incorrect_token_id = incorrect_token_id
         # Measured before the first update; a constant in the configuration takes c_ref's place.
         self.c_ref = math.nan
         self.c_ref_std = math.nan
@@ -141,8 +149,9 @@ class LaserModule(LightningModule):
     def forward(self, batch: RolloutBatch, layout: Layout = "padded") -> ForwardOutput:
         """Response log-probs and the score token's log-prob under the policy."""
         return response_forward(
-            self.policy, self.head, batch, self.score_token_id, self.temperature, layout
-        )
+            self.policy, self.head, batch, self.score_token_id, self.temperature, layout,
+            self.incorrect_token_id,
+        )  # fmt: skip
 
     @torch.no_grad()
     def reference_forward(self, batch: RolloutBatch, layout: Layout = "padded") -> ForwardOutput:
@@ -154,8 +163,16 @@ class LaserModule(LightningModule):
             raise RuntimeError("the configuration keeps no reference")
         return response_forward(
             self.reference, self.reference_head, batch, self.score_token_id, self.temperature,
-            layout,
+            layout, self.incorrect_token_id,
         )  # fmt: skip
+
+    def scores(self, token_logprob: Tensor, incorrect_logprob: Tensor, c_ref: Tensor) -> Tensor:
+        """[B] self-reward scores of log-probs [B] after EOS, by the configured kind."""
+        if self.self_reward.loss == "sft":
+            return token_logprob.exp()
+        if self.self_reward.score == "two_token":
+            return two_token_score(token_logprob, incorrect_logprob)
+        return self_reward_score(token_logprob, c_ref, self.self_reward.beta)
 
     def begin_step(self, totals: StepTotals, layout: Layout = "padded") -> None:
         """Take the step's counts and its layout, before its first micro-batch."""
@@ -170,18 +187,7 @@ class LaserModule(LightningModule):
             raise RuntimeError("training_step before begin_step")
         totals = self.totals
         output = self(batch, self.layout)
-        # One update a rollout batch: the policy that sampled is the current one.
-        policy_loss = clipped_policy_loss(
-            output.logprobs,
-            output.logprobs.detach(),
-            self._corrected_advantages(output, batch, totals),
-            batch.response_mask,
-            clip_low=self.algorithm.clip_low,
-            clip_high=self.algorithm.clip_high,
-            dual_clip=self.algorithm.dual_clip,
-            aggregation=self.algorithm.aggregation,
-            normalizer=self._normalizer(totals),
-        )
+        policy_loss = self._policy_loss(output, batch, totals)
         judge_loss = self._self_reward_loss(output, batch, totals)
         loss = policy_loss.loss
         if self.self_reward_active:
@@ -273,6 +279,27 @@ class LaserModule(LightningModule):
         warmup = self.self_reward.reasoning_warmup_steps
         return self.self_reward.is_trained and self_reward_loss_active(self.step, warmup)
 
+    def _policy_loss(
+        self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals
+    ) -> PolicyLoss:
+        settings = self.algorithm
+        # One update a rollout batch: the policy that sampled is the current one.
+        inputs = (
+            output.logprobs,
+            output.logprobs.detach(),
+            self._corrected_advantages(output, batch, totals),
+            batch.response_mask,
+        )
+        low, high = settings.clip_low, settings.clip_high
+        if settings.loss == "gspo":
+            return gspo_policy_loss(*inputs, low, high, totals.num_sequences)
+        normalizer = self._normalizer(totals)
+        if settings.loss == "cispo":
+            return cispo_policy_loss(*inputs, low, high, settings.aggregation, normalizer)
+        return clipped_policy_loss(
+            *inputs, low, high, settings.dual_clip, settings.aggregation, normalizer
+        )
+
     def _corrected_advantages(
         self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals
     ) -> Tensor:
@@ -287,11 +314,13 @@ class LaserModule(LightningModule):
     def _self_reward_loss(
         self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals
     ) -> Tensor:
-        scores = self_reward_score(output.token_logprob, batch.c_ref, self.self_reward.beta)
         weights = batch.class_weights if self.self_reward.balanced else None
-        return self_reward_loss(
-            scores, batch.rewards, batch.finished, weights, normalizer=totals.num_sequences
-        )
+        correct, incorrect = output.token_logprob, output.incorrect_logprob
+        number = totals.num_sequences
+        if self.self_reward.loss == "sft":
+            return sft_loss(correct, incorrect, batch.rewards, batch.finished, weights, number)
+        scores = self.scores(correct, incorrect, batch.c_ref)
+        return self_reward_loss(scores, batch.rewards, batch.finished, weights, number)
 
     def _kl_loss(self, output: ForwardOutput, batch: RolloutBatch, totals: StepTotals) -> Tensor:
         kl = kl_estimate(output.logprobs, batch.reference_logprobs, self.algorithm.kl_kind)

@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laser_pl.algorithm.advantage import group_statistics, grpo_advantage, rloo_advantage
+from laser_pl.algorithm.advantage import (
+    group_statistics,
+    grpo_advantage,
+    overlong_penalty,
+    rloo_advantage,
+)
 
 PROPERTY = settings(deadline=None, database=None, derandomize=True, max_examples=60)
 GROUP_IDS = st.sampled_from([-7, 0, 3, 10**12])
@@ -167,3 +172,15 @@ def test_shapes_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=r"1-D.*rewards \[.*groups \["):
         estimator(torch.zeros(rewards), torch.zeros(groups, dtype=torch.int64))
+
+
+def test_the_overlong_penalty_is_that_of_equation_13() -> None:
+    # L_max = 100, L_cache = 20: none up to 80, -1 at 100
+    lengths = torch.tensor([1, 80, 81, 90, 100])
+    assert overlong_penalty(lengths, 100, 20).tolist() == pytest.approx([0, 0, -0.05, -0.5, -1])
+
+
+@pytest.mark.parametrize("buffer", [0, 101])
+def test_the_overlong_buffer_lies_within_the_limit(buffer: int) -> None:
+    with pytest.raises(ValueError, match="buffer must be 1 to max_tokens = 100"):
+        overlong_penalty(torch.tensor([5]), 100, buffer)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from laser_pl.algorithm.policy_loss import (
     aggregate,
+    cispo_policy_loss,
     clipped_policy_loss,
+    gspo_policy_loss,
     importance_weights,
     kl_estimate,
 )
@@ -383,3 +385,99 @@ def test_importance_weights_are_capped_ratios_and_1_where_the_engine_does_not_kn
         importance_weights(logprobs, of_engine, cap=0.5)
     with pytest.raises(ValueError, match="shape"):
         importance_weights(logprobs, of_engine[:, :2], cap=2.0)
+
+
+# GSPO and CISPO
+
+
+def gradient_of(function: Any, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+    logprobs = batch["logprobs"].clone().requires_grad_()
+    loss = function(**(batch | {"logprobs": logprobs}), **options).loss
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    return loss.detach(), gradient
+
+
+@given(st.integers(0, 10**6))
+@PROPERTY
+def test_gspo_equals_a_slow_loop_over_sequences(seed: int) -> None:
+    batch = random_batch(seed)
+    losses, clipped = [], []
+    for row, advantage in enumerate(batch["advantages"].tolist()):
+        mask = batch["mask"][row]
+        if not bool(mask.any()):
+            losses.append(0.0)
+            continue
+        differences = (batch["logprobs"][row] - batch["old_logprobs"][row])[mask].tolist()
+        ratio = math.exp(sum(differences) / len(differences))
+        bounded = min(max(ratio, 0.9), 1.3)
+        losses.append(max(-advantage * ratio, -advantage * bounded))
+        clipped += [-advantage * bounded > -advantage * ratio] * len(differences)
+    result = gspo_policy_loss(**batch, clip_low=0.1, clip_high=0.3)
+    assert result.loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-12)
+    if clipped:
+        assert result.clip_fraction.item() == pytest.approx(sum(clipped) / len(clipped))
+
+
+def test_gspo_gives_each_token_of_a_sequence_the_same_gradient() -> None:
+    # ratio exp((0.1 + 0.3) / 2); dL/dlogp = -A * ratio / (tokens * rows), equation 10 of the paper
+    logprobs = torch.tensor([[0.1, 0.3]], dtype=torch.float64)
+    batch = {
+        "logprobs": logprobs, "old_logprobs": torch.zeros_like(logprobs),
+        "advantages": torch.tensor([2.0], dtype=torch.float64),
+        "mask": torch.ones(1, 2, dtype=torch.bool),
+    }  # fmt: skip
+    _, gradient = gradient_of(gspo_policy_loss, batch, clip_high=0.5)
+    assert gradient[0].tolist() == pytest.approx([-2 * math.exp(0.2) / 2] * 2)
+    _, beyond = gradient_of(gspo_policy_loss, batch)  # the paper's clip of 4e-4
+    assert beyond.tolist() == [[0.0, 0.0]]
+
+
+@given(st.integers(0, 10**6), st.sampled_from(AGGREGATIONS), st.booleans())
+@PROPERTY
+def test_the_gradient_of_cispo_is_the_clipped_ratio_times_the_advantage(
+    seed: int, aggregation: str, token_level: bool
+) -> None:
+    batch = random_batch(seed, token_level=token_level)
+    _, gradient = gradient_of(
+        cispo_policy_loss, batch, clip_low=0.3, clip_high=0.5, aggregation=aggregation
+    )
+    ratio = (batch["logprobs"] - batch["old_logprobs"]).exp().clamp(0.7, 1.5)
+    advantages = batch["advantages"] if token_level else batch["advantages"].unsqueeze(1)
+    mask = batch["mask"]
+    counts = {
+        "token_mean": mask.sum().clamp(min=1),
+        "sequence_mean_token_sum": len(mask),
+        "sequence_mean_token_mean": mask.sum(dim=1, keepdim=True).clamp(min=1) * len(mask),
+    }
+    expected = -ratio * advantages / counts[aggregation] * mask
+    assert torch.allclose(gradient, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [gspo_policy_loss, cispo_policy_loss])
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_what_stands_under_the_padding_does_not_matter_to_gspo_and_cispo(
+    function: Any, garbage: float
+) -> None:
+    batch = random_batch(3, token_level=True)
+    loss, gradient = gradient_of(function, batch)
+    hidden = ~batch["mask"]
+    spoiled = {
+        name: value.masked_fill(hidden, garbage) if name != "mask" else value
+        for name, value in batch.items()
+    }
+    other_loss, other_gradient = gradient_of(function, spoiled)
+    assert torch.equal(loss, other_loss)
+    assert torch.equal(gradient, other_gradient)
+    assert not bool(gradient[hidden].any())
+
+
+@pytest.mark.parametrize("function", [gspo_policy_loss, cispo_policy_loss])
+def test_micro_batches_of_gspo_and_cispo_add_up(function: Any) -> None:
+    batch = random_batch(5, rows=6)
+    normalizer = 6.0 if function is gspo_policy_loss else float(batch["mask"].sum())
+    _, whole = gradient_of(function, batch, normalizer=normalizer)
+    parts = [
+        gradient_of(function, {k: v[rows] for k, v in batch.items()}, normalizer=normalizer)[1]
+        for rows in (slice(0, 2), slice(2, 6))
+    ]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-12)

@@ -15,6 +15,7 @@ from laser_pl.algorithm.self_reward import (
     self_reward_loss,
     self_reward_score,
     sft_loss,
+    two_token_score,
 )
 
 PROPERTY = settings(deadline=None, database=None, derandomize=True, max_examples=60)
@@ -409,3 +410,23 @@ def test_integration_names_shapes_that_do_not_fit(wrong: str) -> None:
     inputs: dict[str, Any] = dict.fromkeys(INTEGRATION_INPUTS, torch.ones(3))
     with pytest.raises(ValueError, match=rf"{wrong} \[2\]"):
         integrate_advantages(**(inputs | {wrong: torch.ones(2)}))
+
+
+def test_the_two_token_score_is_the_chance_of_correct_among_the_two() -> None:
+    correct, incorrect = float64([0.6, 0.02]).log(), float64([0.2, 0.08]).log()
+    assert two_token_score(correct, incorrect).tolist() == pytest.approx([0.75, 0.2])
+
+
+def test_the_brier_loss_moves_both_tokens_against_each_other() -> None:
+    correct, incorrect = float64([-3.0]).requires_grad_(), float64([-2.5]).requires_grad_()
+    score = two_token_score(correct, incorrect)
+    self_reward_loss(score, float64([1.0]), torch.tensor([True])).backward()
+    s = 1 / (1 + math.exp(0.5))
+    assert correct.grad is not None and incorrect.grad is not None
+    assert correct.grad.item() == pytest.approx(2 * (s - 1) * s * (1 - s))
+    assert incorrect.grad.item() == pytest.approx(-correct.grad.item())
+
+
+def test_two_tokens_need_log_probs_of_one_length() -> None:
+    with pytest.raises(ValueError, match="incorrect_logprob"):
+        two_token_score(torch.zeros(3), torch.zeros(2))

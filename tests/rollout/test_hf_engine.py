@@ -150,3 +150,20 @@ def test_a_token_of_probability_0_never_comes():
     counts = Counter(tokens.tolist())
     assert set(counts) == {2, 4}
     assert counts[2] / 20_000 == pytest.approx(1 / (1 + math.exp(3)), abs=0.006)
+
+
+def test_both_tokens_of_a_two_token_score_are_read_in_the_same_generation(make_model):
+    model = make_model()
+    engine = HFEngine(range(60, 80), 0, SCORE_TOKEN, 64, incorrect_token_id=3)
+    engine.model = model
+    rollouts = engine.generate(PROMPTS, 8, Sampling(12), seed=3)
+    assert {r.finished for r in rollouts} == {True, False}
+    for rollout in rollouts:
+        if not rollout.finished:
+            assert math.isnan(rollout.incorrect_logprob)
+            continue
+        ids = torch.tensor([[*PROMPTS[rollout.prompt_index], *rollout.response_ids]])
+        with torch.no_grad():
+            last = torch.log_softmax(model(input_ids=ids).logits[0, -1], dim=-1)
+        found = [rollout.token_logprob, rollout.incorrect_logprob]
+        assert found == pytest.approx(last[[SCORE_TOKEN, 3]].tolist(), abs=1e-4)

@@ -87,9 +87,9 @@ def test_advantages_are_the_verifiers_until_both_warm_ups_are_over(
     )  # fmt: skip
     batch.scores = torch.tensor([0.9, 0.1, 0.0, 0.8, 0.2, 0.3])
     expected = function(batch.rewards, batch.groups)
-    add_advantages(batch, config.algorithm, config.self_reward, step=5)
+    add_advantages(batch, config, step=5)
     assert torch.equal(batch.advantages, expected)
-    add_advantages(batch, config.algorithm, config.self_reward, step=6)
+    add_advantages(batch, config, step=6)
     mixed = integrate_advantages(expected, batch.scores, batch.finished, batch.groups, 0.5, 0.01)
     assert torch.equal(batch.advantages, mixed)
     assert not torch.equal(mixed, expected)
@@ -101,7 +101,7 @@ def test_a_score_that_is_not_trained_is_not_mixed_in(batch, compose_config, off)
         off, "self_reward.reasoning_warmup_steps=0", "self_reward.warmup_steps=0"
     )
     batch.scores = torch.tensor([0.9, 0.1, 0.0, 0.8, 0.2, 0.3])
-    add_advantages(batch, config.algorithm, config.self_reward, step=9)
+    add_advantages(batch, config, step=9)
     assert torch.equal(batch.advantages, grpo_advantage(batch.rewards, batch.groups))
 
 
@@ -110,3 +110,14 @@ def test_class_weights_are_those_of_the_step(batch):
     assert torch.equal(batch.class_weights, class_weights(batch.rewards, batch.finished))
     # five finished, three of them correct
     assert batch.class_weights.tolist() == pytest.approx([5 / 6, 5 / 4, 0, 5 / 6, 5 / 6, 5 / 4])
+
+
+def test_the_reward_falls_near_the_length_limit_in_the_advantages_alone(batch, compose_config):
+    config = compose_config(
+        "algorithm.overlong_fraction=0.5", "rollout.max_response_tokens=4", "self_reward=off"
+    )
+    add_advantages(batch, config, step=1)
+    # Of 4 tokens the last 2 are punished: lengths 2, 3, 2, 2, 2, 4.
+    punished = batch.rewards + torch.tensor([0.0, -0.5, 0.0, 0.0, 0.0, -1.0])
+    assert torch.equal(batch.advantages, grpo_advantage(punished, batch.groups))
+    assert batch.rewards.tolist() == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]

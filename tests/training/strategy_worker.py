@@ -64,7 +64,7 @@ class GivenRollouts(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LaserModule) -> None:
         share = NUM_GROUPS * GROUP_SIZE // world_size()
         batch = make_rollouts().select(torch.arange(share) + rank() * share)
-        add_advantages(batch, self.config.algorithm, self.config.self_reward, step=1)
+        add_advantages(batch, self.config, step=1)
         add_class_weights(batch)
         if self.config.training.max_tokens_per_micro_batch is not None:
             batch = deal_groups(batch, torch.ones(len(batch), dtype=torch.bool))

@@ -145,3 +145,17 @@ def test_the_peak_memory_does_not_grow_with_the_logits_of_a_large_vocabulary():
     chunk = 128 * 128_000 * 4
     assert chunk < peaks[1] < 6 * chunk  # all of them would be 16, forward alone
     assert peaks[1] - peaks[0] < chunk
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_a_second_score_token_is_read_from_the_same_rows(make_model, layout):
+    model = make_model().double()
+    output = response_forward(
+        model, ResponseHead(model), make_batch(), SCORE_TOKEN, 0.7, layout, incorrect_token_id=3
+    )
+    for row, response in enumerate(RESPONSES):
+        ids = torch.tensor([[*PROMPTS[row // 2], *response]])
+        last = torch.log_softmax(make_model().double()(input_ids=ids).logits[0, -1], dim=-1)
+        expected = last[[SCORE_TOKEN, 3]] if response[-1] == 1 else torch.zeros(2)
+        found = torch.stack([output.token_logprob[row], output.incorrect_logprob[row]])
+        assert torch.allclose(found, expected.double(), atol=1e-9)

@@ -62,7 +62,7 @@ def make_module(model, config: Config, max_steps: int = 10) -> LaserModule:
 
 def prepared(config: Config) -> RolloutBatch:
     batch = make_batch()
-    add_advantages(batch, config.algorithm, config.self_reward, step=1)
+    add_advantages(batch, config, step=1)
     add_class_weights(batch)
     return batch
 
@@ -80,7 +80,7 @@ def step_gradient(module: LaserModule, parts: list[RolloutBatch], batch: Rollout
     return torch.cat([p.grad.flatten() for p in module.policy.parameters()])
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo"])
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 def test_the_gradient_does_not_depend_on_the_micro_batch_size(
     make_model, compose_config, algorithm, size
@@ -112,7 +112,7 @@ def gradient_of_rank(rank: int, port: int, config: Config, model, folder: Path) 
     dist.init_process_group("gloo", rank=rank, world_size=2)
     whole = make_batch()
     mine = whole.select(((whole.groups // 2) == rank).nonzero().squeeze(1))
-    add_advantages(mine, config.algorithm, config.self_reward, step=1)
+    add_advantages(mine, config, step=1)
     add_class_weights(mine)
     gradient = step_gradient(make_module(model, config), cut(mine, 2), mine)
     dist.all_reduce(gradient)
@@ -266,7 +266,7 @@ def test_groups_without_signal_are_left_out_only_where_nothing_trains_on_them(
     module = make_module(make_model(), config)
     batch = make_batch()
     batch.rewards = torch.tensor([1.0] * 4 + [1.0, 0.0] * 2 + [0.0] * 4 + [0.0, 0.0, 1.0, 0.0])
-    add_advantages(batch, config.algorithm, config.self_reward, step=1)
+    add_advantages(batch, config, step=1)
     add_class_weights(batch)
     wanted = is_trained(batch, config, module)
     assert wanted.view(4, 4).tolist() == [[False] * 4, [True] * 4, [False] * 4, [True] * 4]
@@ -285,3 +285,50 @@ def test_groups_without_signal_are_left_out_only_where_nothing_trains_on_them(
     ):
         config = compose_config(*overrides)
         assert bool(is_trained(batch, config, make_module(make_model(), config)).all())
+
+
+@pytest.mark.parametrize("kind", ["two_token", "sft"])
+def test_two_tokens_are_trained_by_their_own_formula(make_model, compose_config, kind):
+    config = compose_config(
+        f"self_reward={kind}", "self_reward.incorrect_token=tiny-reserved-1",
+        "self_reward.alpha=1.0", "self_reward.reasoning_warmup_steps=0",
+    )  # fmt: skip
+    model = make_model().double()
+    models = iter([model])
+    module = LaserModule(
+        lambda: next(models), SCORE_TOKEN, config.algorithm, config.self_reward, config.optimizer,
+        temperature=1.0, max_steps=10, incorrect_token_id=3,
+    )  # fmt: skip
+    module.setup("fit")
+    batch = prepared(config)
+    batch.advantages = torch.zeros(len(batch))
+    found = step_gradient(module, cut(batch, 4), batch)
+    module.zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in range(len(batch)):
+        if not batch.finished[row]:
+            continue
+        ids = batch.input_ids[row][batch.attention_mask[row]].unsqueeze(0)
+        last = torch.log_softmax(model(input_ids=ids).logits[0, -1], dim=-1)
+        is_correct, weight = bool(batch.rewards[row] > 0.5), batch.class_weights[row]
+        if kind == "sft":
+            loss = loss - weight * last[SCORE_TOKEN if is_correct else 3]
+        else:
+            score = torch.sigmoid(last[SCORE_TOKEN] - last[3])
+            loss = loss + weight * (score - float(is_correct)).square()
+    (loss / len(batch)).backward()
+    expected = torch.cat([p.grad.flatten() for p in module.policy.parameters()])
+    assert float(expected.abs().max()) > 0
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_the_scores_of_two_tokens_need_no_constant(make_model, compose_config):
+    logprobs = torch.tensor([-3.0, -1.0]), torch.tensor([-2.0, -5.0])
+    expected = {
+        "two_token": [1 / (1 + math.exp(1.0)), 1 / (1 + math.exp(-4.0))],
+        "sft": [math.exp(-3.0), math.exp(-1.0)],
+    }
+    for kind, values in expected.items():
+        config = compose_config(f"self_reward={kind}", "self_reward.incorrect_token=3")
+        module = make_module(make_model(), config)
+        assert module.scores(*logprobs, torch.tensor(math.nan)).tolist() == pytest.approx(values)
