@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from laser_pl.cli import config_dir, to_config
-from laser_pl.data.datasets import load_file
+from laser_pl.data.datasets import Columns, load_file
 from laser_pl.data.template import PromptTemplate, encode_prompts
 from laser_pl.logs.metrics_file import read_metrics
 from laser_pl.logs.samples import read_samples
@@ -215,7 +215,7 @@ def test_the_problems_of_math500_fit_the_chat_template_of_smollm2():
     needs_smollm2()
     if not MATH500.exists():
         pytest.skip(f"needs {MATH500}")
-    splits = load_file(str(MATH500), "problem", "answer", None, 100, None, seed=0)
+    splits = load_file(str(MATH500), Columns(), None, 100, None, seed=0)
     assert (len(splits.train), len(splits.held_out)) == (400, 100)
     tokenizer = AutoTokenizer.from_pretrained(converted_folder())
     instruction = "{problem}\nPut your final answer within \\boxed{}."

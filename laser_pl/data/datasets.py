@@ -19,6 +19,7 @@ from laser_pl.errors import UserError, one_line, suggestion
 from laser_pl.hub import hub_answers, only_the_cache
 
 MAX_DRAWS = 20
+LETTERS = "ABCDEFGHIJ"
 
 
 class Splits(NamedTuple):
@@ -31,6 +32,27 @@ class Splits(NamedTuple):
 
     train: list[Problem]
     held_out: list[Problem]
+
+
+class Columns(NamedTuple):
+    """Where a row's problem and answer stand; each is a key of `data`.
+
+    Attributes:
+        problem_column: the questions.
+        answer_column: the reference answers; numbers become their text, a list its items joined by
+            commas.
+        answer_separator: the answer is what follows the last one; None takes the whole text.
+        choices_column: lists of options, which are added to the question with their letters; the
+            answer is a letter, a place counted from 0, or an option's text. None: no options.
+        wrong_answer_columns: the other options of a question whose answer is the right one's text;
+            they are shuffled, the same way each time. Empty: no options.
+    """
+
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+    answer_separator: str | None = None
+    choices_column: str | None = None
+    wrong_answer_columns: Sequence[str] = ()
 
 
 def load_reasoning_gym(
@@ -58,38 +80,32 @@ def load_reasoning_gym(
 
 def load_file(
     path: str,
-    problem_column: str,
-    answer_column: str,
+    columns: Columns,
     num_train: int | None,
-    num_held_out: int,
+    num_held_out: int | None,
     held_out_path: str | None,
     seed: int,
-    answer_separator: str | None = None,
 ) -> Splits:
     """Read problems from a JSONL, JSON, CSV or Parquet file.
 
     Args:
         path: the training problems, and the held-out ones too without held_out_path.
-        problem_column: the column with the questions.
-        answer_column: the column with the reference answers; numbers become their text.
+        columns: where problem and answer stand.
         num_train: how many problems to train on, chosen by the seed; None for all that are left.
-        num_held_out: how many problems to hold out, chosen by the seed.
+        num_held_out: how many problems to hold out, chosen by the seed; None for all.
         held_out_path: a file of its own for the held-out problems, or None.
         seed: fixes the choice; problems stay in the order of the file.
-        answer_separator: the answer is what follows the last one; None takes the whole text.
     Returns:
         The problems; `metadata` has the other columns.
     Raises:
         UserError: a file is missing, unreadable, broken or empty, a column or a value is missing,
             or there are fewer problems than asked for.
     """
-    problems = _to_problems(
-        read_rows(path, "data.path"), problem_column, answer_column, answer_separator
-    )
+    problems = _to_problems(read_rows(path, "data.path"), columns)
     held_out = None
     if held_out_path is not None:
         rows = read_rows(held_out_path, "data.held_out_path")
-        held_out = _to_problems(rows, problem_column, answer_column, answer_separator)
+        held_out = _to_problems(rows, columns)
     return _split(problems, held_out, num_train, num_held_out, seed)
 
 
@@ -98,12 +114,10 @@ def load_hub(
     subset: str | None,
     split: str,
     held_out_split: str | None,
-    problem_column: str,
-    answer_column: str,
+    columns: Columns,
     num_train: int | None,
-    num_held_out: int,
+    num_held_out: int | None,
     seed: int,
-    answer_separator: str | None = None,
 ) -> Splits:
     """Load problems of a dataset of the Hugging Face hub, or of a local folder laid out like one.
 
@@ -112,12 +126,10 @@ def load_hub(
         subset: which configuration of the dataset, or None.
         split: the split with the training problems.
         held_out_split: the split with the held-out problems; None to hold out some of `split`.
-        problem_column: the column with the questions.
-        answer_column: the column with the reference answers; numbers become their text.
+        columns: where problem and answer stand.
         num_train: how many problems to train on, chosen by the seed; None for all that are left.
-        num_held_out: how many problems to hold out, chosen by the seed.
+        num_held_out: how many problems to hold out, chosen by the seed; None for all.
         seed: fixes the choice; problems stay in the order of the dataset.
-        answer_separator: the answer is what follows the last one; None takes the whole text.
     Returns:
         The problems; `metadata` has the other columns.
     Raises:
@@ -125,11 +137,11 @@ def load_hub(
             fewer problems than asked for.
     """
     rows = _hub_rows(name, subset, split, "data.split")
-    problems = _to_problems(rows, problem_column, answer_column, answer_separator)
+    problems = _to_problems(rows, columns)
     held_out = None
     if held_out_split is not None:
         rows = _hub_rows(name, subset, held_out_split, "data.held_out_split")
-        held_out = _to_problems(rows, problem_column, answer_column, answer_separator)
+        held_out = _to_problems(rows, columns)
     return _split(problems, held_out, num_train, num_held_out, seed)
 
 
@@ -187,22 +199,66 @@ def _entries(
             yield entry
 
 
-def _to_problems(
-    rows: Sequence[Row], problem_column: str, answer_column: str, answer_separator: str | None
-) -> list[Problem]:
+def _to_problems(rows: Sequence[Row], columns: Columns) -> list[Problem]:
+    used = {columns.problem_column, columns.answer_column}
     problems = []
     for index, row in enumerate(rows):
-        text = _cell(row, problem_column, "data.problem_column")
-        if not isinstance(text, str):
-            raise UserError(
-                f"{row.where}: {problem_column} is a {type(text).__name__}; must be a text"
-            )
-        answer = _answer_text(row, _cell(row, answer_column, "data.answer_column"), answer_column)
-        if answer_separator is not None:
-            answer = _after(answer, answer_separator, row, answer_column)
-        rest = {k: v for k, v in row.columns.items() if k not in (problem_column, answer_column)}
+        text = _text_cell(row, columns.problem_column, "data.problem_column")
+        value = _cell(row, columns.answer_column, "data.answer_column")
+        if columns.choices_column is not None:
+            options = _cell(row, columns.choices_column, "data.choices_column")
+            text, answer = _with_options(text, *_listed_options(row, options, value, columns))
+        elif columns.wrong_answer_columns:
+            text, answer = _with_options(text, *_shuffled_options(row, text, value, columns))
+        else:
+            answer = _answer_text(row, value, columns.answer_column)
+        if columns.answer_separator is not None:
+            answer = _after(answer, columns.answer_separator, row, columns.answer_column)
+        rest = {name: cell for name, cell in row.columns.items() if name not in used}
         problems.append(Problem(index, text, answer, rest))
     return problems
+
+
+def _text_cell(row: Row, column: str, key: str) -> str:
+    text = _cell(row, column, key)
+    if not isinstance(text, str):
+        raise UserError(f"{row.where}: {column} is a {type(text).__name__}; must be a text")
+    return text
+
+
+def _with_options(text: str, options: list[str], right: int) -> tuple[str, str]:
+    """A question with its options below it, and the letter of the right one."""
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([text, "", *lines]), LETTERS[right]
+
+
+def _listed_options(row: Row, options: Any, answer: Any, columns: Columns) -> tuple[list[str], int]:
+    """The options of a row, and the place of the right one."""
+    column = columns.choices_column
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
+        raise UserError(f"{row.where}: {column} must be a list of 2 to {len(LETTERS)} options")
+    texts = [str(option).strip() for option in options]
+    letters = LETTERS[: len(texts)]
+    if isinstance(answer, int) and 0 <= answer < len(texts):
+        return texts, answer
+    if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:
+        return texts, letters.index(answer.strip())
+    if answer in texts:
+        return texts, texts.index(answer)
+    raise UserError(
+        f"{row.where}: {columns.answer_column} is {answer!r}; must be one of {letters}, its place, "
+        f"or the text of an option in {column}"
+    )
+
+
+def _shuffled_options(row: Row, text: str, answer: Any, columns: Columns) -> tuple[list[str], int]:
+    """The right answer among the wrong ones, in an order that the question alone decides."""
+    right = _answer_text(row, answer, columns.answer_column)
+    key = "data.wrong_answer_columns"
+    wrong = [_text_cell(row, column, key).strip() for column in columns.wrong_answer_columns]
+    options = [right, *wrong]
+    random.Random(text).shuffle(options)
+    return options, options.index(right)
 
 
 def _cell(row: Row, column: str, key: str) -> Any:
@@ -224,6 +280,8 @@ def _answer_text(row: Row, value: Any, column: str) -> str:
         return value.strip()
     if isinstance(value, int | float | Decimal):
         return str(value)
+    if isinstance(value, list) and value:
+        return ", ".join(_answer_text(row, item, column) for item in value)
     raise UserError(
         f"{row.where}: {column} is a {type(value).__name__}; must be a text or a number"
     )
@@ -243,20 +301,16 @@ def _split(
     problems: Sequence[Problem],
     held_out: Sequence[Problem] | None,
     num_train: int | None,
-    num_held_out: int,
+    num_held_out: int | None,
     seed: int,
 ) -> Splits:
     """Choose held-out problems, from their own source or the training one, then training ones."""
     rng = random.Random(seed)
     candidates = _distinct(problems if held_out is None else held_out)
-    chosen = _choose(candidates, num_held_out, rng, "data.num_held_out")
+    number = len(candidates) if num_held_out is None else num_held_out
+    chosen = _choose(candidates, number, rng, "data.num_held_out")
     held_out_keys = {_text_key(problem.text) for problem in chosen}
     rest = [problem for problem in problems if _text_key(problem.text) not in held_out_keys]
-    if not rest:
-        raise UserError(
-            f"data.num_held_out = {num_held_out}: all {len(problems)} problems are held out, "
-            "none is left to train on; hold out fewer"
-        )
     count = len(rest) if num_train is None else num_train
     train = _choose(rest, count, rng, "data.num_train")
     return Splits(_renumber(train), _renumber(chosen))

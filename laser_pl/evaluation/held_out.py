@@ -63,14 +63,30 @@ def evaluate_prompts(
         rows += _rows(collected, samples_per_problem, collector, step)
     rows = gather_over_ranks(rows)
     return Evaluation(
-        samples=EvaluationSamples(
-            rewards=_table(rows, "rewards"),
-            scores=_table(rows, "scores"),
-            finished=_table(rows, "finished").bool(),
-            num_tokens=_table(rows, "num_tokens").long(),
-            answers=[row["answers"] for row in rows],
-        ),
+        samples=to_samples([row["lines"] for row in rows], [row["answers"] for row in rows]),
         lines=[line for row in rows for line in row["lines"]],
+    )
+
+
+def to_samples(
+    lines: Sequence[Sequence[Sample]], answers: Sequence[Sequence[str | None]]
+) -> EvaluationSamples:
+    """The numbers of an evaluation from its lines.
+
+    Args:
+        lines: [M][K] of samples.jsonl.
+        answers: [M][K], equivalent ones already made one string.
+    """
+
+    def table(name: str) -> torch.Tensor:
+        return torch.tensor([[getattr(line, name) for line in row] for row in lines])
+
+    return EvaluationSamples(
+        rewards=table("reward"),
+        scores=table("score"),
+        finished=table("finished").bool(),
+        num_tokens=table("num_tokens").long(),
+        answers=[list(row) for row in answers],
     )
 
 
@@ -84,27 +100,21 @@ def _rows(
     collected: Collected, samples_per_problem: int, collector: Collector, step: int
 ) -> list[dict[str, Any]]:
     """A plain mapping a problem, which can be gathered over ranks."""
-    batch = collected.batch
-    starts = range(0, len(batch), samples_per_problem)
-    spans = [slice(start, start + samples_per_problem) for start in starts]
-    answers = [[verdict.answer for verdict in collected.verdicts[span]] for span in spans]
-    votes = collector.verifier.canonical_answers(answers)
-    rows = []
-    for prompt, span, names in zip(collected.prompts, spans, votes, strict=True):
-        text = str(collector.tokenizer.decode(list(prompt.token_ids)))
-        rows.append(
-            {
-                "rewards": batch.rewards[span].tolist(),
-                "scores": batch.scores[span].tolist(),
-                "finished": batch.finished[span].tolist(),
-                "num_tokens": batch.num_tokens[span].tolist(),
-                "answers": names,
-                "lines": [
-                    _line(collected, row, text, step) for row in range(span.start, span.stop)
-                ],
-            }
-        )
-    return rows
+    lines = problem_lines(collected, samples_per_problem, collector, step)
+    votes = collector.verifier.canonical_answers([[line.answer for line in row] for row in lines])
+    return [{"lines": row, "answers": names} for row, names in zip(lines, votes, strict=True)]
+
+
+def problem_lines(
+    collected: Collected, samples_per_problem: int, collector: Collector, step: int
+) -> list[list[Sample]]:
+    """The responses to each problem as lines of samples.jsonl: [M][K]."""
+    lines = []
+    for start in range(0, len(collected.batch), samples_per_problem):
+        text = str(collector.tokenizer.decode(list(collected.prompt_of(start).token_ids)))
+        rows = range(start, start + samples_per_problem)
+        lines.append([_line(collected, row, text, step) for row in rows])
+    return lines
 
 
 def _line(collected: Collected, row: int, prompt_text: str, step: int) -> Sample:
@@ -123,7 +133,3 @@ def _line(collected: Collected, row: int, prompt_text: str, step: int) -> Sample
         finished=bool(batch.finished[row]),
         num_tokens=int(batch.num_tokens[row]),
     )
-
-
-def _table(rows: list[dict[str, Any]], name: str) -> torch.Tensor:
-    return torch.tensor([row[name] for row in rows])

@@ -19,8 +19,9 @@ def verification_metrics(
         threshold: a score of exactly this is judged incorrect.
     Returns:
         accuracy_on_correct and accuracy_on_incorrect (share of each class judged right), accuracy
-        (of all), f1 (harmonic mean of the first two, the paper's measure), all 0 where there is
-        nothing to count; auroc (nan if a class is absent); num_correct and num_incorrect (int).
+        (of all), f1 (harmonic mean of the first two, the paper's measure), f1_binary (the usual
+        one, of precision and recall of the class correct), all 0 where there is nothing to count;
+        auroc (nan if a class is absent); num_correct and num_incorrect (int).
     Raises:
         ValueError: scores and correct are not 1-D of one length.
     Source: LaSeR, arXiv 2510.14943, the self-verification F1.
@@ -34,11 +35,13 @@ def verification_metrics(
     on_correct = correct_right / max(num_correct, 1)
     on_incorrect = (num_right - correct_right) / max(num_incorrect, 1)
     recalls = on_correct + on_incorrect
+    num_judged_correct = int((scores > threshold).sum())
     return {
         "accuracy_on_correct": on_correct,
         "accuracy_on_incorrect": on_incorrect,
         "accuracy": num_right / max(len(correct), 1),
         "f1": 2 * on_correct * on_incorrect / recalls if recalls > 0 else 0.0,
+        "f1_binary": 2 * correct_right / max(num_correct + num_judged_correct, 1),
         "auroc": auroc(scores, correct),
         "num_correct": num_correct,
         "num_incorrect": num_incorrect,
@@ -167,13 +170,26 @@ def majority_vote(
     """
     if weights is not None and len(weights) != len(answers):
         raise ValueError(f"expected a weight an answer, found {len(weights)} for {len(answers)}")
-    scores = [1.0] * len(answers) if weights is None else [float(weight) for weight in weights]
+    votes = tally(answers, [1.0] * len(answers) if weights is None else weights)
+    # dicts keep their order and max takes the first of equals
+    return max(votes, key=lambda answer: votes[answer], default=None)
+
+
+def tally(answers: Sequence[str | None], weights: Sequence[float] | Tensor) -> dict[str, float]:
+    """The votes of each answer, in the order in which the answers came.
+
+    Args:
+        answers: an answer a sample; None has no vote.
+        weights: one a sample, clipped to [0, 1] here.
+    Returns:
+        answer -> sum of its weights.
+    """
     votes: dict[str, list[float]] = {}
-    for answer, score in zip(answers, scores, strict=True):
+    for answer, weight in zip(answers, weights, strict=True):
         if answer is not None:
-            votes.setdefault(answer, []).append(min(1.0, max(0.0, score)))
-    # fsum does not depend on the order; dicts keep it and max takes the first of equals
-    return max(votes, key=lambda answer: math.fsum(votes[answer]), default=None)
+            votes.setdefault(answer, []).append(min(1.0, max(0.0, float(weight))))
+    # fsum does not depend on the order of the samples
+    return {answer: math.fsum(parts) for answer, parts in votes.items()}
 
 
 def best_of(scores: Sequence[float] | Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The figures of a run, as PNG files."""
+"""The figures of a run, as PNG and SVG files."""
 
 import io
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
@@ -20,6 +21,9 @@ from laser_pl.logs.files import write_bytes_atomically
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#6E6E6E",
 )  # fmt: skip
+
+# More tokens than these make a figure that nobody reads.
+MAX_TOKENS = 30
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, float]]
@@ -102,7 +106,7 @@ def plot_training_curves(rows: Rows, folder: Path | str) -> Path:
         rows: of metrics.csv; metrics and steps may be missing.
         folder: where the file goes.
     Returns:
-        the path of the file.
+        the path of the PNG file; an SVG file lies beside it.
     """
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3)
@@ -129,7 +133,7 @@ def plot_score_histograms(
         before: the evaluation before training, drawn beside it.
         threshold: a response is judged correct if its score is above this.
     Returns:
-        the path of the file.
+        the path of the PNG file; an SVG file lies beside it.
     """
     return _save_side_by_side(
         before,
@@ -155,7 +159,7 @@ def plot_reliability(
         before: the evaluation before training, drawn beside it.
         num_bins: bins of equal width over [0, 1].
     Returns:
-        the path of the file.
+        the path of the PNG file; an SVG file lies beside it.
     """
     return _save_side_by_side(
         before,
@@ -177,9 +181,122 @@ def plot_voting(
         folder: where the file goes.
         before: the same before training, drawn beside it.
     Returns:
-        the path of the file.
+        the path of the PNG file; an SVG file lies beside it.
     """
     return _save_side_by_side(before, curves, _draw_voting, Path(folder) / "voting.png")
+
+
+def plot_tokens(tokens: Sequence[tuple[str, float, float, bool]], folder: Path | str) -> Path:
+    """Draw tokens.png: log-probability after EOS of candidates for the score token.
+
+    Args:
+        tokens: text, mean and standard deviation in nats, and whether it may be taken; best first.
+        folder: where the file goes.
+    Returns:
+        the path of the PNG file; an SVG file lies beside it.
+    """
+    shown = tokens[:MAX_TOKENS]
+    figure = Figure(figsize=(8, 1.5 + 0.28 * len(shown)), layout="constrained")
+    ax = figure.subplots()
+    for usable, colour, label in ((True, BLUE, "may be taken"), (False, GREY, "may not")):
+        rows = [(row, mean, std) for row, (_, mean, std, ok) in enumerate(shown) if ok == usable]
+        if rows:
+            y, x, spread = zip(*rows, strict=True)
+            ax.errorbar(x, y, xerr=spread, fmt="o", color=colour, markersize=5, label=label)
+    _style(ax, "Candidates for the score token", "log-probability after EOS (nats)", "")
+    # A dollar sign would begin a formula.
+    ax.set_yticks(range(len(shown)), [text.replace("$", r"\$") for text, *_ in shown])
+    ax.invert_yaxis()
+    ax.grid(axis="x", color="#E4E4E4", linewidth=0.8)
+    _legend(ax, "mean and standard deviation")
+    return _save(figure, Path(folder) / "tokens.png")
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, as `plot_axis` and `plot_steps` draw it.
+
+    Attributes:
+        mean: of the runs that have the measure; NaN if none has.
+        half_width: of its 95 % interval; NaN for a single run.
+        number: runs.
+    """
+
+    mean: float
+    half_width: float
+    number: int
+
+
+def plot_axis(
+    axis: str,
+    points: Sequence[tuple[object, Interval, Interval]],
+    note: str,
+    name: str,
+    folder: Path | str,
+) -> Path:
+    """Draw NAME.png: accuracy and F1 against the values of one key.
+
+    Args:
+        axis: the key.
+        points: a value with accuracy and F1 over seeds; values in the order in which they stand.
+        note: the other settings, for the title; may be empty.
+        name: of the file.
+        folder: where the file goes.
+    Returns:
+        the path of the PNG file; an SVG file lies beside it.
+    """
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    ax = figure.subplots()
+    places = range(len(points))
+    _, accuracies, f1s = zip(*points, strict=True)
+    lines = (("accuracy", BLUE, accuracies), ("self-verification F1", VERMILLION, f1s))
+    for label, colour, intervals in lines:
+        means = [interval.mean for interval in intervals]
+        errors = [0.0 if math.isnan(i.half_width) else i.half_width for i in intervals]
+        ax.errorbar(
+            places, means, yerr=errors, fmt="o-", color=colour, label=label, capsize=3, linewidth=2,
+            markersize=5.5,
+        )  # fmt: skip
+    _style(ax, note or "Held out, mean and 95 % interval over seeds", axis, "")
+    # Evenly apart: alphas of 0, 0.03 and 1 would crowd on a linear axis and 0 has no logarithm.
+    ax.set_xticks(places, [str(value).replace("$", r"\$") for value, *_ in points])
+    ax.set_ylim(0, 1.02)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend(ax, place="lower right")
+    return _save(figure, Path(folder) / f"{name}.png")
+
+
+def plot_steps(
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, Interval]]]], folder: Path | str
+) -> Path:
+    """Draw steps.png: held-out accuracy and F1 against steps, a curve a setting.
+
+    Args:
+        curves: setting -> metric (held_out/accuracy, held_out/f1) -> (step, mean over seeds).
+        folder: where the file goes.
+    Returns:
+        the path of the PNG file; an SVG file lies beside it.
+    """
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    panels = (("held_out/accuracy", "Accuracy"), ("held_out/f1", "Self-verification F1"))
+    for ax, (metric, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for number, (label, of_setting) in enumerate(curves.items()):
+            colour = _CURVES[number % len(_CURVES)]
+            steps = [step for step, _ in of_setting[metric]]
+            means = [interval.mean for _, interval in of_setting[metric]]
+            widths = [interval.half_width for _, interval in of_setting[metric]]
+            low = [mean - width for mean, width in zip(means, widths, strict=True)]
+            high = [mean + width for mean, width in zip(means, widths, strict=True)]
+            dashes = "-" if number < len(_CURVES) else "--"
+            ax.plot(steps, means, dashes, color=colour, label=label, linewidth=2, marker="o", ms=4)
+            ax.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+        _style(ax, title, "step", "")
+        ax.set_ylim(0, 1.02)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend(figure.axes[0], "mean and 95 % interval over seeds")
+    return _save(figure, Path(folder) / "steps.png")
+
+
+_CURVES = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, GREY)
 
 
 def _draw_panel(ax: Axes, panel: _Panel, rows: Rows) -> None:
@@ -385,8 +502,11 @@ def _say_nothing_here(ax: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    png = io.BytesIO()
-    # No version in the file: the same numbers give the same bytes.
-    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-    write_bytes_atomically(path, png.getvalue())
+    """Write PATH.png, and PATH.svg for papers and slides."""
+    # No version, date or random names in the files: the same numbers give the same bytes.
+    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+        content = io.BytesIO()
+        with rc_context({"svg.hashsalt": path.stem}):
+            figure.savefig(content, format=kind, dpi=150, metadata=metadata)
+        write_bytes_atomically(path.with_suffix(f".{kind}"), content.getvalue())
     return path

@@ -9,8 +9,10 @@ from random import Random
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
+from laser_pl.evaluation.adaptive import replay
 from laser_pl.evaluation.metrics import (
     best_of,
     expected_calibration_error,
@@ -97,6 +99,91 @@ def evaluation_summary(samples: EvaluationSamples, threshold: float = 0.5) -> di
         "num_problems": num_problems,
         "num_samples": num_problems * num_samples,
     }
+
+
+def detailed_summary(
+    samples: EvaluationSamples, batch: int, confidence: float, threshold: float = 0.5
+) -> dict[str, Any]:
+    """`evaluation_summary`, with what an evaluation of its own reports beside it.
+
+    Args:
+        samples: the evaluation, K samples a problem.
+        batch: samples between two looks of the adaptive sampling that is replayed.
+        confidence: at which it stops.
+        threshold: a response is judged correct if its score is above this.
+    Returns:
+        Also self_verification.f1_binary and .score_length_spearman (NaN where not defined),
+        voting_curves, adaptive (what stopping early would have saved), response_tokens.
+    """
+    summary = _with_details(evaluation_summary(samples, threshold), samples, threshold)
+    scores, correct = samples.judgements.tolist(), samples.correct.tolist()
+    summary["voting_curves"] = voting_curves(samples)
+    summary["adaptive"] = replay(samples.answers, scores, correct, batch, confidence)
+    return summary
+
+
+def adaptive_summary(
+    problems: Sequence[EvaluationSamples], most: int, threshold: float = 0.5
+) -> dict[str, Any]:
+    """The same of problems with different numbers of samples, as adaptive sampling leaves them.
+
+    Args:
+        problems: one problem each, [1, K_i].
+        most: K, samples that a problem may have.
+        threshold: a response is judged correct if its score is above this.
+    Returns:
+        As `detailed_summary`, without voting_curves. Accuracy and votes are means over problems,
+        the rest over responses. voting.k is K; the votes are those at which sampling stopped.
+    """
+    joined = join_samples(problems)
+    summary = _with_details(evaluation_summary(joined, threshold), joined, threshold)
+    means = torch.stack([problem.rewards.double().mean() for problem in problems])
+    votes = [evaluation_summary(problem)["voting"] for problem in problems]
+    num_samples = joined.rewards.numel()
+    names = ("majority", "weighted", "best_of", "pass_at_k")
+    summary |= {
+        "accuracy": float(means.mean()),
+        "accuracy_interval": accuracy_interval(means.unsqueeze(1)),
+        "voting": {"k": most}
+        | {name: math.fsum(vote[name] for vote in votes) / len(votes) for name in names},
+        "num_problems": len(problems),
+    }
+    summary["adaptive"] = {
+        "samples_per_problem": num_samples / len(problems),
+        "saved_fraction": 1 - num_samples / (most * len(problems)),
+        "weighted": summary["voting"]["weighted"],
+        "weighted_fixed": math.nan,  # the samples that were not drawn
+    }
+    return summary
+
+
+def join_samples(problems: Sequence[EvaluationSamples]) -> EvaluationSamples:
+    """Samples of several problems as those of one: for measures that look at responses alone."""
+    names = ("rewards", "scores", "finished", "num_tokens")
+    return EvaluationSamples(
+        **{
+            name: torch.cat([getattr(problem, name).flatten() for problem in problems]).unsqueeze(0)
+            for name in names
+        },
+        answers=[[answer for problem in problems for row in problem.answers for answer in row]],
+    )
+
+
+def _with_details(
+    summary: dict[str, Any], samples: EvaluationSamples, threshold: float
+) -> dict[str, Any]:
+    scores, correct = samples.judgements.flatten(), samples.correct.flatten()
+    lengths = samples.num_tokens.flatten().tolist()
+    varies = len(set(lengths)) > 1 and len(set(scores.tolist())) > 1
+    details = {
+        "f1_binary": verification_metrics(scores, correct, threshold)["f1_binary"],
+        "score_length_spearman": (
+            float(spearmanr(scores.tolist(), lengths).statistic) if varies else math.nan
+        ),
+    }
+    summary["self_verification"] |= details
+    summary["response_tokens"] = int(samples.num_tokens.sum())
+    return summary
 
 
 def held_out_metrics(summary: dict[str, Any]) -> dict[str, float]:

@@ -68,7 +68,7 @@ class SamplesFile:
             samples: in the order in which they are to stand in the file.
         """
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(_line(asdict(sample)) for sample in samples)
+            file.write(lines_of(samples))
 
     def truncate_after(self, step: int) -> None:
         """Drop the samples of later steps, for a run resumed from the checkpoint of this step.
@@ -89,6 +89,11 @@ class SamplesFile:
                     break
                 size += len(line)
         os.truncate(self.path, size)
+
+
+def lines_of(samples: Iterable[Sample]) -> str:
+    """Samples as the text of a samples.jsonl."""
+    return "".join(_line(asdict(sample)) for sample in samples)
 
 
 def read_samples(path: Path | str) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ class _Row(NamedTuple):
 _ROWS = (
     _Row("accuracy (pass@1)", ("accuracy",), +1),
     _Row("self-verification F1", ("self_verification", "f1"), +1),
+    _Row("  F1 of the class correct", ("self_verification", "f1_binary"), +1),
     _Row("  AUROC", ("self_verification", "auroc"), +1),
     _Row("  accuracy on correct", ("self_verification", "accuracy_on_correct"), +1),
     _Row("  accuracy on incorrect", ("self_verification", "accuracy_on_incorrect"), +1),
@@ -29,6 +30,9 @@ _ROWS = (
     _Row("  weighted by score @{k}", ("voting", "weighted"), +1),
     _Row("  best of {k} by score", ("voting", "best_of"), +1),
     _Row("  pass@{k} (any right)", ("voting", "pass_at_k"), +1),
+    _Row("adaptive: samples a problem", ("adaptive", "samples_per_problem"), -1),
+    _Row("  weighted vote there", ("adaptive", "weighted"), +1),
+    _Row("score against length (Spearman)", ("self_verification", "score_length_spearman"), 0),
     _Row("truncated", ("truncated_fraction",), -1),
 )
 
@@ -76,18 +80,22 @@ def print_evaluation(step: int, summary: Summary, console: Console) -> None:
 def _summary_table(before: Summary | None, after: Summary) -> Table:
     problems, samples = after["num_problems"], after["num_samples"]
     table = Table(
-        title=f"{problems} held-out problems, {samples // problems} samples each",
+        title=f"{problems} held-out problems, {samples / problems:.3g} samples each",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("", no_wrap=True)
-    for heading in ("before", "after", "change") if before is not None else ("measured",):
+    alone = ("measured", "95 % interval")
+    for heading in ("before", "after", "change") if before is not None else alone:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in _ROWS:
+        if len(row.keys) == 2 and row.keys[1] not in after.get(row.keys[0], {}):
+            continue  # of an evaluation of its own
         label = row.label.format(k=after["voting"]["k"])
         new = _value(after, row.keys)
         if before is None:
-            table.add_row(label, _number(new))
+            interval = _interval(after).strip(" ()") if row.keys == ("accuracy",) else ""
+            table.add_row(label, _number(new), interval)
         else:
             old = _value(before, row.keys)
             table.add_row(label, _number(old), _number(new), _change(old, new, row.better))

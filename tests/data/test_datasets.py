@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from laser_pl.data import datasets as sources
-from laser_pl.data.datasets import Splits, load_file, load_hub, load_reasoning_gym
+from laser_pl.data.datasets import Columns, Splits, load_file, load_hub, load_reasoning_gym
 from laser_pl.errors import UserError
 from laser_pl.hub import hub_answers
 
@@ -25,9 +25,9 @@ def numbered(count: int, prefix: str = "p") -> list[dict[str, Any]]:
 
 
 def file_splits(path: str, **changes: Any) -> Splits:
+    columns = Columns(**{name: changes.pop(name) for name in Columns._fields if name in changes})
     arguments: dict[str, Any] = {
-        "problem_column": "problem",
-        "answer_column": "answer",
+        "columns": columns,
         "num_train": None,
         "num_held_out": 3,
         "held_out_path": None,
@@ -216,7 +216,8 @@ def test_the_other_columns_are_metadata(tmp_path):
         ({"problem": "x", "answer": None}, ":6: answer is empty"),
         ({"problem": "x", "answer": float("nan")}, ":6: answer is empty"),
         ({"problem": 5, "answer": 1}, ":6: problem is a int; must be a text"),
-        ({"problem": "x", "answer": [1]}, ":6: answer is a list; must be a text or a number"),
+        ({"problem": "x", "answer": []}, ":6: answer is a list; must be a text or a number"),
+        ({"problem": "x", "answer": {}}, ":6: answer is a dict; must be a text or a number"),
     ],
 )
 def test_a_bad_row_is_told_with_its_line(tmp_path, record, expected):
@@ -234,7 +235,6 @@ def test_a_missing_column_is_told_with_those_there_are(tmp_path):
     ("changes", "expected"),
     [
         ({"num_held_out": 11}, "data.num_held_out = 11: there are 10 problems to choose from"),
-        ({"num_held_out": 10}, "data.num_held_out = 10: all 10 problems are held out"),
         ({"num_train": 8}, "data.num_train = 8: there are 7 problems to choose from"),
         ({"held_out_path": "none.jsonl"}, "data.held_out_path = none.jsonl: no such file"),
     ],
@@ -243,6 +243,69 @@ def test_asking_for_too_many_problems_is_told(tmp_path, changes, expected):
     assert file_error(write_jsonl(tmp_path / "p.jsonl", numbered(10)), **changes).startswith(
         expected
     )
+
+
+def test_all_problems_can_be_held_out(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", numbered(10))
+    splits = file_splits(path, num_held_out=None)
+    assert texts(splits.held_out) == [f"p{i}" for i in range(10)]
+    assert splits.train == []
+    assert len(file_splits(path, num_held_out=None, num_train=0).held_out) == 10
+
+
+def test_the_items_of_a_list_are_one_answer(tmp_path):
+    records = [{"problem": "x", "answer": ["$2$"]}, {"problem": "y", "answer": [1, "3"]}]
+    splits = file_splits(write_jsonl(tmp_path / "p.jsonl", records), num_held_out=None)
+    assert [problem.answer for problem in splits.held_out] == ["$2$", "1, 3"]
+
+
+# Multiple choice
+
+
+@pytest.mark.parametrize("answer", ["B", 1, "two"])
+def test_listed_options_get_letters(tmp_path, answer):
+    records = [{"question": "1 + 1?", "options": ["one", "two", "three"], "answer": answer}]
+    (problem,) = file_splits(
+        write_jsonl(tmp_path / "p.jsonl", records), num_held_out=None, problem_column="question",
+        choices_column="options",
+    ).held_out  # fmt: skip
+    assert problem.text == "1 + 1?\n\nA. one\nB. two\nC. three"
+    assert problem.answer == "B"
+
+
+def test_wrong_answers_beside_the_right_one_are_shuffled_the_same_way_each_time(tmp_path):
+    records = [
+        {"q": f"{i}?", "right": "yes", "wrong 1": "no", "wrong 2": "maybe", "wrong 3": "so"}
+        for i in range(40)
+    ]
+    path = write_jsonl(tmp_path / "p.jsonl", records)
+    changes = {
+        "problem_column": "q", "answer_column": "right", "num_held_out": None,
+        "wrong_answer_columns": ["wrong 1", "wrong 2", "wrong 3"],
+    }  # fmt: skip
+    problems = file_splits(path, **changes).held_out
+    assert problems == file_splits(path, **changes, seed=5).held_out
+    for problem in problems:
+        assert f"\n{problem.answer}. yes" in problem.text
+        assert sorted(line[3:] for line in problem.text.splitlines()[2:]) == [
+            "maybe", "no", "so", "yes",
+        ]  # fmt: skip
+    assert {problem.answer for problem in problems} == set("ABCD")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"answer": "E"}, "answer is 'E'; must be one of ABC, its place, or the text"),
+        ({"answer": 3}, "answer is 3; must be one of ABC"),
+        ({"options": "a, b"}, "options must be a list of 2 to 10 options"),
+        ({"options": ["a"]}, "options must be a list of 2 to 10 options"),
+    ],
+)
+def test_a_bad_choice_is_told_with_its_line(tmp_path, record, expected):
+    good = {"problem": "x", "options": ["a", "b", "c"], "answer": "A"}
+    path = write_jsonl(tmp_path / "p.jsonl", [good, good | {"problem": "y"} | record])
+    assert file_error(path, choices_column="options").startswith(f"{path}:2: {expected}")
 
 
 @pytest.mark.parametrize(("name", "count"), [("math500", 500), ("amc23", 40), ("aime24", 30)])
@@ -262,11 +325,11 @@ def test_real_problem_files_load(name, count):
 def test_a_folder_laid_out_like_a_hub_dataset_loads(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", numbered(10))
     write_jsonl(tmp_path / "test.jsonl", numbered(5, "t"))
-    columns = ("problem", "answer")
-    splits = load_hub(str(tmp_path), None, "train", "test", *columns, None, 5, seed=0)
+    columns = Columns()
+    splits = load_hub(str(tmp_path), None, "train", "test", columns, None, 5, seed=0)
     assert texts(splits.held_out) == [f"t{i}" for i in range(5)]
     assert texts(splits.train) == [f"p{i}" for i in range(10)]
-    own = load_hub(str(tmp_path), None, "train", None, *columns, 6, 3, seed=0)
+    own = load_hub(str(tmp_path), None, "train", None, columns, 6, 3, seed=0)
     assert (len(own.train), len(own.held_out)) == (6, 3)
 
 
@@ -283,7 +346,7 @@ def test_a_wrong_split_or_subset_is_told_by_its_key(
 ):
     write_jsonl(tmp_path / "train.jsonl", numbered(10))
     with pytest.raises(UserError) as caught:
-        load_hub(str(tmp_path), subset, split, held_out_split, "problem", "answer", None, 3, 0)
+        load_hub(str(tmp_path), subset, split, held_out_split, Columns(), None, 3, 0)
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
 
@@ -292,7 +355,7 @@ def test_no_network_fails_fast_and_says_what_would_do(monkeypatch):
     monkeypatch.setattr(sources, "hub_answers", lambda: False)
     start = time.perf_counter()
     with pytest.raises(UserError) as caught:
-        load_hub("nobody/nothing", None, "train", None, "problem", "answer", None, 3, 0)
+        load_hub("nobody/nothing", None, "train", None, Columns(), None, 3, 0)
     # The hub's client alone retries for more than 20 seconds.
     assert time.perf_counter() - start < 10
     assert str(caught.value).startswith(

@@ -78,7 +78,9 @@ def test_every_figure_is_written_under_its_name_and_nothing_else_is(tmp_path: Pa
     ]
     names = ["training_curves.png", "score_histograms.png", "reliability.png", "voting.png"]
     assert paths == [folder / name for name in names]
-    assert sorted(entry.name for entry in folder.iterdir()) == sorted(names)
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted(
+        [*names, *(name.replace(".png", ".svg") for name in names)]
+    )
     assert all(min(size_of_png(path)) > 500 for path in paths)
 
 

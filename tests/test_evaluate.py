@@ -1,0 +1,167 @@
+"""task=evaluate as its users run it: benchmarks, resume, several ranks, adaptive sampling."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from laser_pl import evaluate as evaluate_file
+from laser_pl.errors import UserError
+from laser_pl.evaluate import evaluate
+from laser_pl.logs.samples import read_samples
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+SMALL = (
+    "task=evaluate", "self_reward.c_ref=-21.0", "data.num_held_out=8", "trainer.num_threads=1",
+    "data.samples_per_problem=4", "rollout.max_sequences=8",
+)  # fmt: skip
+LINES = "problem", "response", "score", "reward"
+
+
+def comparable(folder: Path) -> list[tuple]:
+    return [tuple(row[name] for name in LINES) for row in read_samples(folder / "samples.jsonl")]
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "run.py"), *SMALL, f"output_dir={folder}", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_the_report_has_every_measure(compose_config, tmp_path, capsys):
+    config = compose_config(*SMALL)
+    assert evaluate(config) == 0
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_problems"] == 8
+    assert summary["num_samples"] == 32
+    assert summary["voting_curves"]["k"] == [1, 2, 4]
+    assert {"f1", "f1_binary", "auroc", "ece", "score_length_spearman"} <= set(
+        summary["self_verification"]
+    )
+    assert 1 <= summary["adaptive"]["samples_per_problem"] <= 4
+    assert summary["adaptive"]["weighted_fixed"] == summary["voting"]["weighted"]
+    lines = read_samples(folder / "samples.jsonl")
+    assert [line["problem"] for line in lines] == [i for i in range(8) for _ in range(4)]
+    assert summary["accuracy"] == pytest.approx(sum(line["reward"] for line in lines) / 32)
+    assert summary["response_tokens"] == sum(line["num_tokens"] for line in lines)
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    names = ("score_histograms", "reliability", "voting")
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    printed = capsys.readouterr().out
+    assert "F1 of the class correct" in printed
+    assert "32 responses" in printed
+    assert not (folder / "progress").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_to_the_same_samples(compose_config, tmp_path):
+    assert evaluate(compose_config(*SMALL, f"output_dir={tmp_path}/whole")) == 0
+    folder = tmp_path / "killed"
+    process = start(folder)
+    progress = folder / "progress" / "rank-0.jsonl"
+    while not (progress.is_file() and progress.stat().st_size):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (folder / "samples.jsonl").exists()
+    with progress.open("a") as file:
+        file.write('{"step": 0, "spl')  # cut in the middle of a line
+    process = start(folder, "resume=auto")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "problems are sampled already" in output
+    assert comparable(folder) == comparable(tmp_path / "whole")
+
+
+def test_a_finished_evaluation_samples_nothing_again(compose_config, tmp_path, monkeypatch):
+    assert evaluate(compose_config(*SMALL)) == 0
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes()
+
+    def fail(*_):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(evaluate_file._Evaluation, "_sample", fail)
+    assert evaluate(compose_config(*SMALL, "resume=auto")) == 0
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_evaluation(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, "trainer.devices=2", "rollout.max_sequences=16")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("held-out problems") == 1
+    one = tmp_path / "one"
+    process = start(one, "rollout.max_sequences=16")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    # The same groups of four problems, so the same samples.
+    assert comparable(folder) == comparable(one)
+
+
+def test_adaptive_sampling_stops_where_the_vote_is_decided(compose_config, tmp_path):
+    overrides = ("evaluation.adaptive=true", "data.samples_per_problem=8",
+                 "evaluation.adaptive_confidence=0.6")  # fmt: skip
+    assert evaluate(compose_config(*SMALL, *overrides)) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = read_samples(tmp_path / "run" / "samples.jsonl")
+    drawn = [sum(line["problem"] == i for line in lines) for i in range(8)]
+    assert set(drawn) <= {2, 4, 6, 8}
+    assert min(drawn) < 8
+    assert summary["num_samples"] == sum(drawn)
+    assert summary["adaptive"]["samples_per_problem"] == sum(drawn) / 8
+    assert summary["adaptive"]["saved_fraction"] == pytest.approx(1 - sum(drawn) / 64)
+    of_problem = [
+        [line["reward"] for line in lines if line["problem"] == i] for i in range(8)
+    ]  # fmt: skip
+    means = [sum(rewards) / len(rewards) for rewards in of_problem]
+    assert summary["accuracy"] == pytest.approx(sum(means) / 8)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data with the real problems")
+@pytest.mark.parametrize("name", ["math500", "amc23", "aime24"])
+def test_real_problems_are_evaluated_on(compose_config, tmp_path, name):
+    config = compose_config(
+        "task=evaluate", "model=smollm2-135m", "data=file", f"data.path={SHARED}/{name}.jsonl",
+        "data.num_held_out=null", "data.max_prompt_tokens=256", "evaluation.num_problems=3",
+        "data.samples_per_problem=2", "rollout.max_response_tokens=24",
+        "self_reward.c_ref=-20.0", "trainer.num_threads=1",
+    )  # fmt: skip
+    assert config.verifier.target.endswith("MathVerifier")
+    assert evaluate(config) == 0
+    lines = read_samples(tmp_path / "run" / "samples.jsonl")
+    problems = [json.loads(line) for line in (SHARED / f"{name}.jsonl").read_text().splitlines()]
+    answers = {str(problem["answer"]) for problem in problems}
+    assert len(lines) == 6
+    assert all(line["reference_answer"] in answers for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["resume=somewhere"], "resume = somewhere: an evaluation has no checkpoints; use auto"),
+        (
+            ["self_reward.token=auto"],
+            "self_reward.token = auto: builtin:tiny has no self_reward.json that names one",
+        ),
+        (["data=file", "data.path=none.jsonl"], "data.path = none.jsonl: no such file"),
+        (["evaluation.num_problems=9"], "evaluation.num_problems = 9: must be at most"),
+        (["data.samples_per_problem=0"], "data.samples_per_problem = 0: must be greater than 0"),
+        (["evaluation.adaptive_confidence=0.4"], "must be greater than 0.5"),
+    ],
+)
+def test_a_mistake_gets_one_line(compose_config, overrides, message):
+    with pytest.raises(UserError) as caught:
+        evaluate(compose_config(*SMALL, *overrides))
+    assert message in str(caught.value)
