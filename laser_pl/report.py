@@ -93,6 +93,9 @@ def score_facts(config: Config, module: LaserModule, inputs: Inputs) -> dict[str
     return {
         "special_token": inputs.tokenizer.convert_ids_to_tokens(inputs.score_token_id),
         "token_id": inputs.score_token_id,
+        "incorrect_token_id": inputs.incorrect_token_id,
+        "score": config.self_reward.score,
+        "loss": config.self_reward.loss,
         "eos_token_ids": list(inputs.eos_ids),
         "beta": config.self_reward.beta,
         "c_ref": module.c_ref,
@@ -101,12 +104,16 @@ def score_facts(config: Config, module: LaserModule, inputs: Inputs) -> dict[str
 
 
 def draw_evaluations(
-    before: EvaluationSamples | None, after: EvaluationSamples, folder: Path
+    before: EvaluationSamples | None,
+    after: EvaluationSamples,
+    folder: Path,
+    with_votes: bool = True,
 ) -> None:
     """Draw the figures of an evaluation, beside those before training if there are any."""
     plot_score_histograms(after, folder, before)
     plot_reliability(after, folder, before)
-    plot_voting(voting_curves(after), folder, voting_curves(before) if before else None)
+    if with_votes:
+        plot_voting(voting_curves(after), folder, voting_curves(before) if before else None)
 
 
 def list_files(folder: Path) -> dict[str, str]:

@@ -13,9 +13,8 @@ model's own, before any processor: log pi(z_c | x, y). It costs one decoded toke
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from torch import Tensor
 from vllm import RequestOutput, SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor as FirstInterface
 from vllm.v1.sample.logits_processor import process_dict_updates
+
+from laser_pl.scorer import Answer, read_self_reward
 
 try:
     # Of vLLM's second model runner, the default on GPUs in later versions.
@@ -40,26 +41,6 @@ PROCESSOR = "laser_pl.serving:ScoreProcessor"
 TOKEN, EOS, MIN_TOKENS = "self_reward_token", "self_reward_eos", "self_reward_min_tokens"
 # EOS tokens that a request may have.
 MAX_EOS = 8
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer with the model's own verdict.
-
-    Attributes:
-        text: without special tokens.
-        token_ids: EOS included, the score token not.
-        token_logprob: log pi(z_c | x, y) in nats; None if the answer did not end with EOS.
-        score: the self-reward score, about 1 for an answer held to be correct and 0 for one that
-            is not; None if the answer did not end with EOS.
-        is_correct: the verdict, score > threshold; an answer that was cut is judged incorrect.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    token_logprob: float | None
-    score: float | None
-    is_correct: bool
 
 
 @dataclass(frozen=True)
@@ -88,13 +69,8 @@ class SelfReward:
             FileNotFoundError: it has no self_reward.json.
             ValueError: that file lacks a key.
         """
-        path = Path(folder) / "self_reward.json"
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        names = ("token_id", "eos_token_ids", "beta", "c_ref", "threshold")
-        if missing := [name for name in names if name not in facts]:
-            raise ValueError(f"{path}: lacks {', '.join(missing)}; export the checkpoint again")
-        facts["eos_token_ids"] = tuple(facts["eos_token_ids"])
-        return cls(**{name: facts[name] for name in names})
+        facts = read_self_reward(folder)
+        return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
     def sampling_params(
         self, max_tokens: int, min_tokens: int = 0, **others: Any

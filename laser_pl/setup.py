@@ -5,15 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from laser_pl.config import Config, FileData, HubData, ReasoningGymData
-from laser_pl.data.datasets import Splits, load_file, load_hub, load_reasoning_gym
+from laser_pl.config import Config, FileData, HubData, ReasoningGymData, TableData, flatten
+from laser_pl.data.datasets import Columns, Splits, load_file, load_hub, load_reasoning_gym
 from laser_pl.data.problem import Problem, Prompt
 from laser_pl.data.template import PromptTemplate, encode_prompts
 from laser_pl.errors import UserError
@@ -27,6 +26,9 @@ from laser_pl.models.loading import (
 from laser_pl.preflight import longest_prompt, model_settings, model_shape
 from laser_pl.reward.verifier import VerifierPool, resolve_verifier
 
+# Those that look at training problems.
+TRAINING_TASKS = ("train", "calibrate")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -36,6 +38,7 @@ class Inputs:
         tokenizer: the model's.
         eos_ids: the tokens that end a response.
         score_token_id: z_c.
+        incorrect_token_id: z_i, the token that says incorrect, where the score uses two.
         train: training prompts; empty for an evaluation.
         held_out: held-out prompts.
         verifier: ready to verify; close it at the end.
@@ -44,6 +47,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
     score_token_id: int
+    incorrect_token_id: int | None
     train: list[Prompt]
     held_out: list[Prompt]
     verifier: VerifierPool
@@ -60,18 +64,35 @@ def prepare_inputs(config: Config, console: Console) -> Inputs:
     verifier = resolve_verifier(config.verifier.target, config.verifier.arguments)
     tokenizer = load_tokenizer(config.model)
     eos_ids = eos_token_ids(tokenizer, config.model)
-    token_id = resolve_token(config.self_reward.token, tokenizer, eos_ids)
+    token = config.self_reward.token
+    # EOS stands in for one that is yet to be chosen, which takes the model's weights.
+    token_id = eos_ids[0] if token == "auto" else resolve_token(token, tokenizer, eos_ids)
+    incorrect = config.self_reward.incorrect_token
+    incorrect_id = None
+    if incorrect is not None:
+        key = "self_reward.incorrect_token"
+        incorrect_id = resolve_token(incorrect, tokenizer, eos_ids, key)
+        if incorrect_id == token_id:
+            raise UserError(f"{key} = {incorrect}: is self_reward.token as well; give another")
     _check_vocabulary(tokenizer, config)
     splits = load_problems(config)
     data = config.data
     template = PromptTemplate(tokenizer, data.template, data.instruction, data.system_prompt)
+    if config.task in TRAINING_TASKS and not splits.train:
+        raise UserError(
+            f"data.num_held_out = {data.num_held_out or 'null'}: all {len(splits.held_out)} "
+            "problems are held out, none is left to train on; hold out fewer, or take other data"
+        )
     train = _encode(splits.train, template, config, "training", console)
     held_out = _encode(splits.held_out, template, config, "held-out", console)
-    _check_token_is_unused(token_id, [*train, *held_out], config)
+    if token != "auto":
+        _check_token_is_unused(token_id, [*train, *held_out], f"self_reward.token = {token}")
+    if incorrect_id is not None:
+        _check_token_is_unused(incorrect_id, [*train, *held_out], f"{key} = {incorrect}")
     pool = VerifierPool(
         verifier, config.verifier.timeout, config.verifier.num_workers, config.verifier.on_error
     )
-    return Inputs(tokenizer, eos_ids, token_id, train, held_out, pool)
+    return Inputs(tokenizer, eos_ids, token_id, incorrect_id, train, held_out, pool)
 
 
 def load_problems(config: Config) -> Splits:
@@ -81,21 +102,20 @@ def load_problems(config: Config) -> Splits:
         UserError: the source is not there, is broken, or has too few problems.
     """
     data = config.data
+    num_train = data.num_train if config.task in TRAINING_TASKS else 0
     match data:
         case ReasoningGymData():
             return load_reasoning_gym(
-                data.name, data.params, data.num_train, data.num_held_out, config.seed
+                data.name, data.params, num_train or 0, data.num_held_out, config.seed
             )
         case FileData():
             return load_file(
                 data.path,
-                data.problem_column,
-                data.answer_column,
-                data.num_train,
+                _columns(data),
+                num_train,
                 data.num_held_out,
                 data.held_out_path,
                 config.seed,
-                data.answer_separator,
             )
         case HubData():
             return load_hub(
@@ -103,13 +123,21 @@ def load_problems(config: Config) -> Splits:
                 data.subset,
                 data.split,
                 data.held_out_split,
-                data.problem_column,
-                data.answer_column,
-                data.num_train,
+                _columns(data),
+                num_train,
                 data.num_held_out,
                 config.seed,
-                data.answer_separator,
             )
+
+
+def _columns(data: TableData) -> Columns:
+    return Columns(
+        data.problem_column,
+        data.answer_column,
+        data.answer_separator,
+        data.choices_column,
+        data.wrong_answer_columns,
+    )
 
 
 def _encode(
@@ -141,12 +169,12 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> Non
         )
 
 
-def _check_token_is_unused(token_id: int, prompts: list[Prompt], config: Config) -> None:
+def _check_token_is_unused(token_id: int, prompts: list[Prompt], which: str) -> None:
     for prompt in prompts:
         if token_id in prompt.token_ids:
             raise UserError(
-                f"self_reward.token = {config.self_reward.token}: occurs in the prompt of problem "
-                f"{prompt.problem.index}; use a token that never occurs, such as a reserved one"
+                f"{which}: occurs in the prompt of problem {prompt.problem.index}; use "
+                "a token that never occurs, such as a reserved one"
             )
 
 
@@ -188,7 +216,7 @@ _FREE_KEYS = (
 
 def _check_same_run(config: Config, path: Path, console: Console | None) -> None:
     before = yaml.safe_load(path.read_text())
-    old, new = _leaves(before), _leaves(config.model_dump(mode="json", by_alias=True))
+    old, new = flatten(before), flatten(config.model_dump(mode="json", by_alias=True))
     changed = [
         key
         for key in sorted(old.keys() | new.keys())
@@ -204,15 +232,6 @@ def _check_same_run(config: Config, path: Path, console: Console | None) -> None
         )
     if console is not None:
         console.print(f"resume: going on with another configuration: {details}", highlight=False)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = isinstance(value, dict)
-        flat |= _leaves(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
 
 
 def prepare_output_dir(config: Config) -> Path:

@@ -116,7 +116,8 @@ def test_the_folder_has_all_that_a_user_needs(trained, tmp_path):
     } == {path.name for path in output.iterdir()}  # fmt: skip
     facts = json.loads((output / "self_reward.json").read_text())
     assert set(facts) == {
-        "special_token", "token_id", "eos_token_ids", "beta", "c_ref", "threshold"
+        "special_token", "token_id", "incorrect_token_id", "eos_token_ids", "score", "loss",
+        "beta", "c_ref", "threshold",
     }  # fmt: skip
     card = (output / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])

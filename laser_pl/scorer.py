@@ -1,0 +1,244 @@
+"""Scores out of a trained model, without a server: for answers that exist, and for its own.
+
+scorer = SelfRewardScorer.from_pretrained("outputs/mine/model")
+scores = scorer.score(prompts, responses)
+answers = scorer.generate(prompts, n=4)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from laser_pl.algorithm import self_reward_score
+from laser_pl.rollout.engine import Sampling
+from laser_pl.rollout.hf_engine import HFEngine
+
+# A text as the model reads it, or the messages of a chat.
+TextOrMessages = str | Sequence[Mapping[str, str]]
+
+_FACTS = ("token_id", "eos_token_ids", "beta", "c_ref", "threshold")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with the model's own verdict.
+
+    Attributes:
+        text: without special tokens.
+        token_ids: EOS included, the score token not.
+        token_logprob: log pi(z_c | x, y) in nats; None if the answer did not end with EOS.
+        score: the self-reward score, about 1 for an answer held to be correct and 0 for one that
+            is not; None if the answer did not end with EOS.
+        is_correct: the verdict, score > threshold; an answer that was cut is judged incorrect.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    token_logprob: float | None
+    score: float | None
+    is_correct: bool
+
+
+def read_self_reward(folder: str | Path) -> dict[str, Any]:
+    """The content of a trained model's self_reward.json: token_id, eos_token_ids, beta, c_ref, ...
+
+    Raises:
+        FileNotFoundError: the folder has no self_reward.json.
+        ValueError: that file lacks a key, or is broken.
+    """
+    path = Path(folder) / "self_reward.json"
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if missing := [name for name in _FACTS if name not in facts]:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; export the checkpoint again")
+    if facts.get("incorrect_token_id") is not None:
+        raise ValueError(f"{path}: the score uses two tokens, of which only one could be read here")
+    facts["eos_token_ids"] = tuple(facts["eos_token_ids"])
+    return facts
+
+
+class SelfRewardScorer:
+    """A trained model that judges answers with its score token.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
+        token_id: z_c.
+        eos_token_ids: the tokens that end an answer; the first is put after answers given as text.
+        beta: scale of the score.
+        c_ref: its constant, in nats.
+        threshold: scores above it judge an answer correct.
+    Source: LaSeR, arXiv 2510.14943, inference with the last token's self-reward.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        token_id: int,
+        eos_token_ids: Sequence[int],
+        beta: float,
+        c_ref: float,
+        threshold: float = 0.5,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.token_id = token_id
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.beta = beta
+        self.c_ref = c_ref
+        self.threshold = threshold
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **model_arguments: Any) -> SelfRewardScorer:
+        """Load the model folder that a run or an export has written.
+
+        Args:
+            folder: with self_reward.json.
+            model_arguments: of transformers' `from_pretrained`, such as device_map or dtype.
+        Raises:
+            FileNotFoundError: the folder has no self_reward.json.
+            ValueError: that file lacks a key.
+        """
+        facts = read_self_reward(folder)
+        return cls(
+            AutoModelForCausalLM.from_pretrained(folder, **model_arguments),
+            AutoTokenizer.from_pretrained(folder),
+            **{name: facts[name] for name in _FACTS},
+        )
+
+    def score(
+        self,
+        prompts: Sequence[TextOrMessages],
+        responses: Sequence[str],
+        max_tokens: int = 16384,
+        advance: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Self-reward scores of finished answers, one forward pass each.
+
+        Args:
+            prompts: N prompts, as the model reads them, special tokens included; or the messages
+                of a chat, to which the tokenizer's chat template is applied.
+            responses: N answers as text, without EOS.
+            max_tokens: of a forward pass, padding included.
+            advance: is told how many have been scored, for a progress bar.
+        Returns:
+            [N] float32 scores in the order of the prompts, not clipped.
+        Raises:
+            ValueError: the numbers differ, or a sequence is longer than the model can read.
+        """
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"expected a response a prompt, found {len(prompts)} and {len(responses)}"
+            )
+        sequences = [
+            torch.tensor([*self.prompt_ids(prompt), *self._response_ids(response)])
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        limit = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        for number, sequence in enumerate(sequences):
+            if len(sequence) > limit:
+                raise ValueError(
+                    f"prompt and response {number} have {len(sequence)} tokens, more than the "
+                    f"{limit} that the model can read"
+                )
+        scores = torch.zeros(len(sequences))
+        # Of one length as far as possible, so that little is padding.
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        while order:
+            longest = len(sequences[order[-1]])
+            rows = [order.pop() for _ in range(min(len(order), max(1, max_tokens // longest)))]
+            scores[rows] = self._score_rows([sequences[row] for row in rows])
+            if advance is not None:
+                advance(len(rows))
+        return scores
+
+    def generate(
+        self,
+        prompts: Sequence[TextOrMessages],
+        n: int = 1,
+        max_tokens: int = 1024,
+        temperature: float = 1.0,
+        seed: int = 0,
+        max_sequences: int = 64,
+    ) -> list[list[Answer]]:
+        """Sample answers, each with the score that is read in the same generation.
+
+        Args:
+            prompts: P prompts, as for `score`.
+            n: answers to each.
+            max_tokens: longest answer, EOS included.
+            temperature: divides the logits.
+            seed: the same one gives the same answers.
+            max_sequences: sampled at a time.
+        Returns:
+            [P][n] answers.
+        """
+        pad_id = self.tokenizer.pad_token_id
+        engine = HFEngine(
+            self.eos_token_ids,
+            self.eos_token_ids[0] if pad_id is None else int(pad_id),
+            self.token_id,
+            max_sequences,
+        )
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        sampling = Sampling(max_response_tokens=max_tokens, temperature=temperature)
+        with engine.weights_of(self.model):
+            rollouts = engine.generate(ids, n, sampling, seed)
+        answers = [
+            self._answer(rollout.response_ids, rollout.token_logprob) for rollout in rollouts
+        ]
+        return [answers[start : start + n] for start in range(0, len(answers), n)]
+
+    def prompt_ids(self, prompt: TextOrMessages) -> list[int]:
+        """A prompt as token ids."""
+        if not isinstance(prompt, str):
+            prompt = str(
+                self.tokenizer.apply_chat_template(
+                    [dict(message) for message in prompt],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
+        return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+    def _response_ids(self, response: str) -> list[int]:
+        ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+        return [*ids, self.eos_token_ids[0]]
+
+    @torch.no_grad()
+    def _score_rows(self, sequences: list[Tensor]) -> Tensor:
+        """[B] scores, from the logits row at each EOS alone."""
+        device = self.model.device
+        # Padding on the right: positions and what a token sees are those without it.
+        ids = pad_sequence(sequences, batch_first=True).to(device)
+        last = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)
+        mask = torch.arange(ids.shape[1], device=device) <= last.unsqueeze(1)
+        hidden = self.model.base_model(
+            input_ids=ids, attention_mask=mask.long(), use_cache=False
+        ).last_hidden_state
+        at_eos = hidden[torch.arange(len(ids), device=device), last]
+        logits = self.model.get_output_embeddings()(at_eos).float()
+        token_logprob = logits.log_softmax(dim=-1)[:, self.token_id]
+        return self_reward_score(token_logprob, self.c_ref, self.beta).cpu()
+
+    def _answer(self, ids: tuple[int, ...], token_logprob: float) -> Answer:
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        if math.isnan(token_logprob):
+            return Answer(text, ids, None, None, False)
+        score = self.beta * (token_logprob - self.c_ref)
+        return Answer(text, ids, token_logprob, score, score > self.threshold)
