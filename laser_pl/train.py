@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import netrc
 import os
 import signal
 import sys
@@ -15,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 import transformers
-import wandb
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -27,7 +24,7 @@ from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from laser_pl.config import Config, HFRollout, VllmRollout
+from laser_pl.config import Config, HFRollout, VllmRollout, validate
 from laser_pl.data.datamodule import PromptDataModule
 from laser_pl.distributed import any_rank, derive_seed
 from laser_pl.errors import UserError, one_line
@@ -35,10 +32,10 @@ from laser_pl.evaluation.callback import EvaluationCallback
 from laser_pl.export import describe_run
 from laser_pl.launch import is_rank_zero
 from laser_pl.logs.callback import MetricsCallback
-from laser_pl.logs.files import write_json_atomically
-from laser_pl.logs.metrics_file import MetricsFile
+from laser_pl.logs.metrics_file import MetricsFile, read_metrics
 from laser_pl.logs.progress import StepProgress
 from laser_pl.logs.samples import SamplesFile
+from laser_pl.logs.wandb_run import WandbCallback, finish_wandb, log_results, start_wandb
 from laser_pl.models.loading import load_policy, resolve_path
 from laser_pl.preflight import longest_prompt, run_preflight
 from laser_pl.report import score_facts, write_report
@@ -65,7 +62,6 @@ from laser_pl.training.module import LaserModule
 from laser_pl.training.strategy import DeepSpeedStrategy, build_strategy, zero3_config
 
 EXIT_FAILED = 1
-WANDB_FILE = "wandb_run.json"
 # SLURM sends SIGUSR1 some time before it takes the nodes back.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -89,11 +85,16 @@ def train(config: Config) -> int:
         tell=lambda line: console.print(f"warning: {line}", highlight=False, soft_wrap=True),
     )
     folder = Path(config.output_dir)
+    config = with_known_token(config, checkpoint or folder)
     if is_rank_zero():
         check_output_dir(config, checkpoint, console)
     console.print(f"batch: {config.batch_equation()}", highlight=False)
     inputs = prepare_inputs(config, console)
     check_disk(config)
+    if config.self_reward.token == "auto":
+        from laser_pl.calibrate import with_chosen_token  # which builds a module as well
+
+        config, inputs = with_chosen_token(config, inputs, console)
     # Only now, so that after a mistake so far the corrected command can use the same folder.
     if is_rank_zero():
         prepare_output_dir(config)
@@ -102,9 +103,19 @@ def train(config: Config) -> int:
         exit_code = _Run(config, inputs, folder, console, checkpoint).fit(start)
     finally:
         inputs.verifier.close()
-        if wandb.run is not None:
-            wandb.finish(exit_code)  # the next run of a multirun is another one
+        if config.logger.wandb is not None:
+            finish_wandb(exit_code, console)  # the next run of a multirun is another one
     return exit_code
+
+
+def with_known_token(config: Config, before: Path) -> Config:
+    """The configuration of a run that goes on, with the token that `auto` has chosen before."""
+    path = before / "config.yaml"
+    if config.self_reward.token != "auto" or config.resume is None or not path.is_file():
+        return config
+    raw = config.model_dump(by_alias=True)
+    raw["self_reward"]["token"] = yaml.safe_load(path.read_text())["self_reward"]["token"]
+    return validate(raw)
 
 
 class _Run:
@@ -145,7 +156,7 @@ class _Run:
             accumulate_grad_batches=config.num_micro_batches,
             gradient_clip_val=config.trainer.gradient_clip,
             callbacks=self.callbacks,
-            logger=build_logger(config, folder),
+            logger=build_loggers(config, folder),
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -177,6 +188,9 @@ class _Run:
                 self.stop.diverged, weights_are_finite = True, False
         if self.trainer.is_global_zero:
             self._report(time.perf_counter() - start, weights_are_finite)
+            if self.config.logger.wandb is not None:
+                rows = read_metrics(self.folder / "metrics.csv")
+                log_results(rows, self.folder, self.config.logger.wandb)
         if self.stop.diverged:
             found = (
                 f"{self.module.num_bad_steps} steps whose gradient was not finite, more than "
@@ -215,12 +229,15 @@ class _Run:
         self.evaluation = EvaluationCallback(
             collector, config, samples, self.console if main else None
         )
+        uses_wandb = main and config.logger.wandb is not None
+        of_wandb = [WandbCallback(self.rollout, self.evaluation)] if uses_wandb else []
         # In the order of a step: the bar reads the metrics, the metrics callback writes them out.
         return [
             self.rollout,
             self.evaluation,
             StepProgress(self.console, every_n_steps=max(1, config.max_steps // 50)),
             MetricsCallback(metrics),
+            *of_wandb,
             self.stop,
             CheckpointCallback(
                 self.folder / FOLDER,
@@ -380,6 +397,7 @@ def build_module(config: Config, inputs: Inputs, strategy: Strategy | str = "aut
         config.rollout.temperature,
         config.max_steps,
         config.rollout.importance_cap,
+        inputs.incorrect_token_id,
     )
 
 
@@ -411,6 +429,7 @@ def build_engine(config: Config, inputs: Inputs) -> RolloutEngine:
                 decode=lambda ids: str(inputs.tokenizer.decode(ids)),
                 keep_gathered=settings.gathered_weights == "keep",
                 autocast=config.trainer.precision == "bf16-mixed",
+                incorrect_token_id=inputs.incorrect_token_id,
             )
         case VllmRollout() as settings:
             return _build_vllm(config, settings, inputs)
@@ -439,48 +458,17 @@ def _build_vllm(config: Config, settings: VllmRollout, inputs: Inputs) -> Rollou
     )
 
 
-def build_logger(config: Config, folder: Path) -> Logger | bool:
-    """The configured logger, on rank 0; wandb is offline where there is no key."""
+def build_loggers(config: Config, folder: Path) -> list[Logger]:
+    """The configured loggers, on rank 0; wandb is offline where there is no key."""
     settings = config.logger
-    if not is_rank_zero() or settings.kind == "csv":
-        return False
-    if settings.kind == "tensorboard":
-        return TensorBoardLogger(folder, name="tensorboard", version="")
-    run = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        name=settings.name,
-        group=settings.group,
-        tags=settings.tags,
-        dir=folder,
-        id=_wandb_id(config, folder),
-        resume="allow",
-        mode="online" if has_wandb_key() else "offline",
-        settings=wandb.Settings(silent=True),
-    )
-    write_json_atomically(folder / WANDB_FILE, {"id": run.id})
-    return WandbLogger(experiment=run)
-
-
-def _wandb_id(config: Config, folder: Path) -> str | None:
-    """The id of the wandb run that a resumed run goes on with; None starts a new one."""
-    path = folder / WANDB_FILE
-    if config.resume is None or not path.is_file():
-        return None
-    return str(json.loads(path.read_text())["id"])
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb may go online: there is a key, and WANDB_MODE does not say otherwise."""
-    if os.environ.get("WANDB_MODE", "online") != "online":
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    loggers: list[Logger] = []
+    if not is_rank_zero():
+        return loggers
+    if settings.tensorboard is not None:
+        loggers.append(TensorBoardLogger(folder, settings.tensorboard.subfolder, version=""))
+    if settings.wandb is not None:
+        loggers.append(WandbLogger(experiment=start_wandb(config, settings.wandb, folder)))
+    return loggers
 
 
 def quieten_libraries() -> None:
