@@ -34,6 +34,12 @@ from laser_pl.launch import (
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+# Keys that a task of the same name lets one write without its name.
+_SHORT_NAMES = {
+    "export": ("checkpoint", "output"),
+    "score": ("input", "output"),
+    "compare": ("runs",),
+}
 
 
 def config_dir() -> Path:
@@ -64,7 +70,9 @@ def main() -> None:
             check_resume(config, list(HydraConfig.get().overrides.task))
             exit_codes.append(run_task(config))
         except (UserError, OmegaConfBaseException) as error:
-            exit_codes.append(_tell(explain(error)))
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            has_run = (folder / "wandb_run.json").is_file()
+            exit_codes.append(_tell(explain(error), tell_sweep=not has_run))
         if exit_codes[-1] >= EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # no further job of a multirun
 
@@ -87,10 +95,12 @@ def main() -> None:
 
 
 def open_arguments(arguments: list[str]) -> list[str]:
-    """The command line as Hydra takes it: open mappings, and the short names of an export."""
-    if "task=export" in arguments:
-        arguments = [re.sub(r"^(checkpoint|output)=", r"export.\1=", a) for a in arguments]
-        arguments = [_quoted(a) if a.startswith("export.") else a for a in arguments]
+    """The command line as Hydra takes it: open mappings, and the short names of some tasks."""
+    for task, names in _SHORT_NAMES.items():
+        if f"task={task}" in arguments:
+            pattern = rf"^({'|'.join(names)})="
+            arguments = [re.sub(pattern, rf"{task}.\1=", argument) for argument in arguments]
+            arguments = [_quoted(a) if a.startswith(f"{task}.") else a for a in arguments]
     return [open_mapping(argument) for argument in arguments]
 
 
@@ -161,6 +171,18 @@ def run_task(config: Config) -> int:
         from laser_pl.export import export
 
         return export(config.export)
+    if config.task == "score":
+        from laser_pl.score import score
+
+        return score(config)
+    if config.task == "calibrate":
+        from laser_pl.calibrate import calibrate
+
+        return calibrate(config)
+    if config.task == "compare":
+        from laser_pl.compare import compare
+
+        return compare(config)
     from laser_pl.train import train
 
     return train(config)
@@ -178,6 +200,11 @@ def explain(error: Exception) -> str:
         return f"{group} = {choice}: no such choice of {', '.join(options)}{near}"
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")
+        if value.startswith(("{'", '{"')):
+            return (
+                f"{error.override}: cannot be read; in a sweep's file write one parameter a key, "
+                f"such as {key}.NAME, in place of nested ones"
+            )
         if not equals:
             return f"{key}: is no KEY=VALUE; see --help"
         return (
@@ -203,10 +230,18 @@ def _default_keys() -> set[str]:
     return known_keys(plain)
 
 
-def _tell(message: str) -> int:
-    """Print a mistake, once a node: every rank finds those of the input, some only one node's."""
+def _tell(message: str, tell_sweep: bool = True) -> int:
+    """Print a mistake, once a node: every rank finds those of the input, some only one node's.
+
+    In a sweep W&B hears of it as well: the agent tells it nothing. Unless the run has told it
+    itself, since it had begun.
+    """
     if is_rank_zero() or is_first_on_node():
         prefix = "error" if is_rank_zero() else f"error on {platform.node()}"
         for line in message.splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
+    if tell_sweep and is_rank_zero() and "WANDB_SWEEP_ID" in os.environ:
+        from laser_pl.logs.sweep import report_failed_start
+
+        report_failed_start(message)
     return EXIT_USER_ERROR

@@ -49,8 +49,9 @@ class ModelConfig(Section):
 
 
 class DataSection(Section):
-    num_train: Positive | None
-    num_held_out: Positive
+    num_train: Count | None
+    num_held_out: Positive | None
+    samples_per_problem: Positive
     template: Literal["auto", "chat", "plain"]
     instruction: str
     system_prompt: str | None
@@ -62,26 +63,29 @@ class ReasoningGymData(DataSection):
     name: str
     params: dict[str, Any]
     num_train: Positive
+    num_held_out: Positive
 
 
-class FileData(DataSection):
-    source: Literal["file"]
-    path: str
-    held_out_path: str | None
+class TableData(DataSection):
     problem_column: str
     answer_column: str
     answer_separator: str | None
+    choices_column: str | None
+    wrong_answer_columns: list[str]
 
 
-class HubData(DataSection):
+class FileData(TableData):
+    source: Literal["file"]
+    path: str
+    held_out_path: str | None
+
+
+class HubData(TableData):
     source: Literal["hub"]
     name: str
     subset: str | None
     split: str
     held_out_split: str | None
-    problem_column: str
-    answer_column: str
-    answer_separator: str | None
 
 
 DataConfig = Annotated[ReasoningGymData | FileData | HubData, Field(discriminator="source")]
@@ -125,13 +129,16 @@ RolloutConfig = Annotated[HFRollout | VllmRollout, Field(discriminator="engine")
 
 class AlgorithmConfig(Section):
     advantage: Literal["grpo", "rloo"]
+    loss: Literal["clipped", "gspo", "cispo"]
     normalize_std: bool
-    clip_low: float = Field(gt=0, lt=1)
+    clip_low: float = Field(gt=0, le=1)
     clip_high: float = Field(gt=0)
     dual_clip: Annotated[float, Field(gt=1)] | None
     aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean"]
     kl_coef: float = Field(ge=0)
     kl_kind: Literal["k1", "abs", "k2", "k3"]
+    overlong_fraction: Fraction
+    dynamic_sampling: Count
 
 
 class TrainingConfig(Section):
@@ -147,6 +154,9 @@ class SelfRewardConfig(Section):
     tau: Fraction
     min_std: float = Field(ge=0)
     token: int | str
+    incorrect_token: int | str | None
+    score: Literal["log_ratio", "two_token"]
+    loss: Literal["mse", "sft"]
     c_ref: Annotated[float, Field(lt=0)] | Literal["calibrated", "model"]
     balanced: bool
     reasoning_warmup_steps: Count
@@ -157,9 +167,28 @@ class SelfRewardConfig(Section):
         """Whether the score is trained at all; if it is not, it is not mixed in either."""
         return self.enabled and self.alpha > 0
 
+    @property
+    def has_constant(self) -> bool:
+        """Whether the score is the log-ratio to c_ref, so that beta and c_ref matter."""
+        return self.score == "log_ratio" and self.loss == "mse"
+
+    @model_validator(mode="after")
+    def _two_tokens_where_two_are_used(self) -> SelfRewardConfig:
+        if self.score == "two_token" and self.loss == "sft":
+            raise ValueError(
+                "self_reward.loss = sft: has a score of its own; use self_reward.score=log_ratio"
+            )
+        if self.has_constant != (self.incorrect_token is None):
+            kind = "log_ratio with mse uses one token" if self.has_constant else "two are used"
+            raise ValueError(
+                f"self_reward.incorrect_token = {self.incorrect_token}: {kind}; "
+                f"{'use null' if self.has_constant else 'give the one that says incorrect'}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _beta_fits_a_constant_c_ref(self) -> SelfRewardConfig:
-        if self.is_trained and not isinstance(self.c_ref, str):
+        if self.is_trained and self.has_constant and not isinstance(self.c_ref, str):
             check_partition_excess(self.c_ref, self.beta)
         return self
 
@@ -208,9 +237,12 @@ class TrainerConfig(Section):
 
 class EvaluationConfig(Section):
     every_n_steps: Count
-    num_problems: Positive
+    num_problems: Positive | None
     samples_per_problem: Positive
     interim_samples_per_problem: Positive
+    adaptive: bool
+    adaptive_confidence: float = Field(gt=0.5, lt=1)
+    adaptive_batch: Positive
 
 
 class CheckpointConfig(Section):
@@ -225,30 +257,47 @@ class ExportConfig(Section):
     merge: bool
 
 
+class ScoreConfig(Section):
+    input: str | None
+    output: str | None
+    prompt_column: str
+    response_column: str
+    max_tokens: Positive
+
+
+class CalibrateConfig(Section):
+    num_responses: Positive
+    show: Positive
+
+
+class CompareConfig(Section):
+    runs: str | None
+
+
 class WandbConfig(Section):
-    kind: Literal["wandb"]
     project: str
     entity: str | None
     name: str | None
     group: str | None
     tags: list[str]
+    log_model: bool
 
 
 class TensorBoardConfig(Section):
-    kind: Literal["tensorboard"]
+    subfolder: str
 
 
-class CsvConfig(Section):
-    kind: Literal["csv"]
+class LoggerConfig(Section):
+    """Those that are not named are not used."""
 
-
-LoggerConfig = Annotated[WandbConfig | TensorBoardConfig | CsvConfig, Field(discriminator="kind")]
+    wandb: WandbConfig | None = None
+    tensorboard: TensorBoardConfig | None = None
 
 
 class Config(Section):
     """Everything a run is made of; `conf/config.yaml` is its shape on disk."""
 
-    task: Literal["train", "evaluate", "export", "preflight"]
+    task: Literal["train", "evaluate", "score", "calibrate", "compare", "export", "preflight"]
     # numpy takes no larger one.
     seed: int = Field(ge=0, lt=2**32)
     prompts_per_step: Positive
@@ -271,6 +320,9 @@ class Config(Section):
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
     export: ExportConfig
+    score: ScoreConfig
+    calibrate: CalibrateConfig
+    compare: CompareConfig
     logger: LoggerConfig
 
     @property
@@ -328,6 +380,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _engine_reads_the_tokens(self) -> Config:
+        if isinstance(self.rollout, VllmRollout) and not self.self_reward.has_constant:
+            raise ValueError(
+                "rollout.engine = vllm: reads one score token; use rollout=hf with "
+                "self_reward.score=two_token or self_reward.loss=sft"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_sequence_fits_a_micro_batch(self) -> Config:
         limit = self.training.max_tokens_per_micro_batch
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
@@ -340,10 +401,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _evaluation_has_problems(self) -> Config:
-        if self.evaluation.num_problems > self.data.num_held_out:
+        wanted, there = self.evaluation.num_problems, self.data.num_held_out
+        if wanted is not None and there is not None and wanted > there:
             raise ValueError(
-                f"evaluation.num_problems = {self.evaluation.num_problems}: must be at most "
-                f"data.num_held_out = {self.data.num_held_out}"
+                f"evaluation.num_problems = {wanted}: must be at most data.num_held_out = {there}"
             )
         return self
 
@@ -359,16 +420,11 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _evaluation_is_of_one_model_in_one_process(self) -> Config:
+    def _evaluation_is_of_one_model(self) -> Config:
         if self.task == "evaluate" and self.self_reward.c_ref == "model":
             raise ValueError(
                 "self_reward.c_ref = model: an evaluation has no reference beside the model; use "
                 "calibrated, or a number"
-            )
-        if self.task == "evaluate" and self.num_ranks > 1:
-            raise ValueError(
-                f"trainer.devices x trainer.num_nodes = {self.num_ranks}: task=evaluate runs in "
-                "one process; use 1"
             )
         return self
 
@@ -405,6 +461,13 @@ def validate(raw: Mapping[str, Any]) -> Config:
     Raises:
         UserError: all mistakes, a line each, with the dotted key and what was found.
     """
+    if texts := [key for key, value in flatten(raw).items() if value == "None"]:
+        raise UserError(
+            "\n".join(
+                f'{key} = None: is a text to Hydra; write null, or "null" in a sweep\'s file'
+                for key in texts
+            )
+        )
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -452,7 +515,7 @@ def _what_would_fit(c_ref: float, beta: float) -> str:
 def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> tuple[str, str]:
     """One pydantic error as `key` or `key = value`, and what is wrong with it."""
     location = [str(part) for part in item["loc"]]
-    if len(location) > 1 and location[0] in ("data", "rollout", "optimizer", "logger"):
+    if len(location) > 1 and location[0] in ("data", "rollout", "optimizer"):
         del location[1]  # pydantic puts the name of the union's member here
     while location[1:] and (
         location[-1] in ("int", "str", "float", "bool") or location[-1].startswith(_UNION_MEMBERS)
@@ -472,6 +535,15 @@ def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> tuple[str, str]:
 
 # What pydantic appends to a key, beside the plain types, to say which member of a union it tried.
 _UNION_MEMBERS = ("literal[", "constrained-", "nullable[")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 def known_keys(tree: Mapping[str, Any], prefix: str = "") -> set[str]:

@@ -49,15 +49,39 @@ MISTAKES = [
     (["model=tinny"], "model = tinny: no such choice of"),
     (["modl=tiny"], "modl: unknown key; did you mean model?"),
     (["algorithm.clip_low=abc"], "algorithm.clip_low = 'abc': must be a valid number"),
-    (["algorithm.clip_low=2"], "algorithm.clip_low = 2: must be less than 1"),
+    (["algorithm.clip_low=2"], "algorithm.clip_low = 2: must be less than or equal to 1"),
     (["max_steps=1.5"], "max_steps = 1.5: must be a valid integer"),
     (["max_steps=0"], "max_steps = 0: must be greater than 0"),
     (["optimizer.lr=nan"], "optimizer.lr = nan: must be a finite number"),
-    (["task=trian"], "task = 'trian': must be 'train', 'evaluate', 'export' or 'preflight'"),
+    (["task=trian"], "task = 'trian': must be 'train', 'evaluate', 'score', 'calibrate'"),
     (["~optimizer.lr"], "optimizer.lr: missing"),
     (["data=file"], "data.path: missing; give it with data.path=VALUE"),
-    (["data=file", "data.path=x.jsonl"], "verifier = reasoning_gym: knows no problems of"),
-    (["task=evaluate", "trainer.devices=2"], "task=evaluate runs in one process; use 1"),
+    (
+        ["data=file", "data.path=x.jsonl", "verifier=reasoning_gym"],
+        "verifier = reasoning_gym: knows no problems of",
+    ),
+    (["data.system_prompt=None"], "data.system_prompt = None: is a text to Hydra; write null"),
+    (
+        ["self_reward={'alpha': 0.1}"],
+        "in a sweep's file write one parameter a key, such as self_reward.NAME",
+    ),
+    (["self_reward=two_token"], "self_reward.incorrect_token = None: two are used; give the one"),
+    (["self_reward.incorrect_token=3"], "log_ratio with mse uses one token; use null"),
+    (
+        ["self_reward=sft", "self_reward.incorrect_token=tiny-reserved-0"],
+        "self_reward.incorrect_token = tiny-reserved-0: is self_reward.token as well",
+    ),
+    (
+        ["self_reward=sft", "self_reward.incorrect_token=3", "self_reward.score=two_token"],
+        "self_reward.loss = sft: has a score of its own",
+    ),
+    (
+        ["self_reward=two_token", "self_reward.incorrect_token=3", "rollout=vllm"],
+        "rollout.engine = vllm: reads one score token; use rollout=hf",
+    ),
+    (["algorithm.overlong_fraction=2"], "algorithm.overlong_fraction = 2: must be less than"),
+    (["data.num_held_out=null"], "data.num_held_out = None: must be a valid integer"),
+    (["logger.wandb.projct=x"], "logger.wandb.projct: unknown key"),
     (["task=evaluate", "self_reward.c_ref=model"], "self_reward.c_ref = model: an evaluation has"),
     (["micro_batch_size=5"], "micro_batch_size = 5: must divide the 16 sequences of a rank"),
     (
@@ -139,6 +163,16 @@ def test_a_folder_that_holds_another_run_is_not_touched(run, tmp_path):
 def test_a_corrected_command_can_use_the_same_folder(run, tmp_path):
     assert run("self_reward.token=100000")[0] == 2
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", ["2", "null"])
+def test_nothing_left_to_train_on_is_told(run, tmp_path, number):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem": "1 + 1", "answer": 2}\n{"problem": "1 + 2", "answer": 3}\n')
+    arguments = (f"data.path={path}", f"data.num_held_out={number}", "evaluation.num_problems=2")
+    code, lines = run("data=file", "data.num_train=null", *arguments)
+    assert code == 2
+    assert f"data.num_held_out = {number}: all 2 problems are held out" in lines[-1]
 
 
 def test_too_little_disk_is_told_before_the_weights_are_loaded(run, monkeypatch):

@@ -1,26 +1,25 @@
 """Every shipped configuration composes and validates; the contract's own arithmetic."""
 
-import itertools
 import math
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 
 from laser_pl.cli import config_dir, to_config
 from laser_pl.config import check_partition_excess
-from laser_pl.logs.names import METRICS
 
 CHOICES = [
     (path.parent.name, path.stem)
     for path in sorted(config_dir().glob("*/*.yaml"))
 ]  # fmt: skip
 NEEDED = {
-    ("data", "file"): ["data.path=x.jsonl", "verifier=math"],
-    ("data", "hub"): ["data.name=x/y", "verifier=math"],
-    ("data", "deepmath"): ["verifier=math"],
-    ("data", "gsm8k"): ["verifier=math"],
-    ("model", "hf"): ["model.path=x", "self_reward.token=7"],
+    ("data", "file"): ["data.path=x.jsonl"],
+    ("data", "hub"): ["data.name=x/y"],
+    ("data", "benchmark"): ["data.name=x/y"],
+    ("data", "choices"): ["data.name=x/y"],
+    ("model", "hf"): ["model.path=x"],
+    ("self_reward", "two_token"): ["self_reward.incorrect_token=7"],
+    ("self_reward", "sft"): ["self_reward.incorrect_token=7"],
 }
 
 
@@ -96,13 +95,33 @@ def test_the_beta_that_is_proposed_fits():
     assert math.exp(-9.0) * math.expm1(1 / (proposed - 0.01)) > 0.05
 
 
-@pytest.mark.parametrize("path", sorted(config_dir().parent.glob("sweeps/*.yaml")))
-def test_every_point_of_every_sweep_composes_and_validates(compose_config, path):
-    sweep = yaml.safe_load(path.read_text())
-    names = list(sweep["parameters"])
-    for point in itertools.product(*(sweep["parameters"][name]["values"] for name in names)):
-        # wandb hands whole floats over as integers
-        shown = [int(v) if isinstance(v, float) and v.is_integer() else v for v in point]
-        compose_config(*(f"{name}={value}" for name, value in zip(names, shown, strict=True)))
-    assert sweep["metric"]["name"] in METRICS
-    assert sweep["program"] == "run.py"
+@pytest.mark.parametrize(
+    ("data", "verifier", "samples"),
+    [
+        ("math500", "MathVerifier", 2), ("amc23", "MathVerifier", 32),
+        ("aime24", "MathVerifier", 32), ("aime25", "MathVerifier", 32),
+        ("olympiadbench", "MathVerifier", 2), ("gpqa", "MultipleChoiceVerifier", 4),
+        ("mmlu_pro", "MultipleChoiceVerifier", 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model", ["tiny", "smollm2-135m", "llama3-8b"])
+def test_a_benchmark_brings_its_verifier_and_the_papers_samples(
+    compose_config, model, data, verifier, samples
+):
+    config = compose_config("task=evaluate", f"model={model}", f"data={data}")
+    assert config.verifier.target.endswith(verifier)
+    assert config.evaluation.samples_per_problem == samples
+    assert config.data.num_held_out is config.evaluation.num_problems is None
+    other = compose_config(
+        f"data={data}", "verifier=exact", "evaluation.samples_per_problem=3", f"model={model}"
+    )
+    assert other.verifier.target.endswith("ExactVerifier")
+    assert other.evaluation.samples_per_problem == 3
+
+
+def test_several_loggers_compose(compose_config):
+    logger = compose_config("logger=[wandb,tensorboard]").logger
+    assert logger.wandb is not None and logger.tensorboard is not None
+    for choice in ("csv", "none"):
+        logger = compose_config(f"logger={choice}").logger
+        assert logger.wandb is logger.tensorboard is None

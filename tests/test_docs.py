@@ -87,21 +87,40 @@ def test_every_relative_link_leads_somewhere(page):
             assert anchor in anchors(file), f"{page.name}: {target}"
 
 
-def test_the_example_that_reads_the_score_runs(tmp_path):
-    facts = {"special_token": "<|reserved_0|>", "token_id": 2, "beta": 0.5, "c_ref": -21.0}
+FACTS = {
+    "special_token": "<|reserved_0|>", "token_id": 2, "eos_token_ids": [1], "beta": 0.5,
+    "c_ref": -21.0, "threshold": 0.5,
+}  # fmt: skip
+
+
+def run_example(page: str, tmp_path: Path) -> tuple[str, dict[str, object]]:
+    """What the marked example of a page prints on a model folder, and its names."""
     for kind in (AutoModelForCausalLM, AutoTokenizer):
         kind.from_pretrained(TINY).save_pretrained(tmp_path / "model")
-    write_json_atomically(tmp_path / "model" / "self_reward.json", facts | {"threshold": 0.5})
-    text = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    write_json_atomically(tmp_path / "model" / "self_reward.json", FACTS)
+    text = (DOCS / page).read_text(encoding="utf-8")
     found = re.search(r"<!-- test: model folder -->\n```python\n(.*?)```", text, flags=re.S)
     assert found
     code = found[1].replace("outputs/mine/model", str(tmp_path / "model"))
     names: dict[str, object] = {}
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(code, "outputs.md", "exec"), names)
+        exec(compile(code, page, "exec"), names)
+    return output.getvalue(), names
+
+
+def test_the_example_that_reads_the_score_runs(tmp_path):
+    output, names = run_example("outputs.md", tmp_path)
     expected = 0.5 * (float(names["logprobs"][2]) + 21.0)
     verdict = "correct" if expected > 0.5 else "incorrect"
-    assert output.getvalue() == f"score {expected:.3f}, judged {verdict}\n"
+    assert output == f"score {expected:.3f}, judged {verdict}\n"
+
+
+def test_the_example_that_scores_and_generates_runs(tmp_path):
+    output, _ = run_example("evaluation.md", tmp_path)
+    by_hand, _ = run_example("outputs.md", tmp_path)
+    first, *answers = output.splitlines()
+    assert f"score {float(first.strip('[]')):.3f}" == by_hand.partition(",")[0]
+    assert sum(line.startswith(("True", "False")) for line in answers) == 2
 
 
 def test_the_table_of_memory_and_communication_is_the_computed_one(monkeypatch):

@@ -17,9 +17,13 @@ PARAMETERS = {
     "llama3.2-1b": 1_235_814_400,
 }
 NEEDED = {
-    "model=hf": ("model.path=x", "self_reward.token=5"),
+    "model=hf": ("model.path=x",),
     "data=file": ("data.path=x",),
     "data=hub": ("data.name=x",),
+    "data=benchmark": ("data.name=x",),
+    "data=choices": ("data.name=x",),
+    "self_reward=two_token": ("self_reward.incorrect_token=7",),
+    "self_reward=sft": ("self_reward.incorrect_token=7",),
 }
 
 
@@ -29,9 +33,7 @@ def choices(group: str) -> list[str]:
 
 def compose_choices(compose_config, *chosen: str):
     needed = [key for choice in chosen for key in NEEDED.get(choice, ())]
-    # The scorer of the default's own problems knows no others.
-    scorer = ["verifier=math"] if "data=file" in chosen or "data=hub" in chosen else []
-    return compose_config(*chosen, *scorer, *needed)
+    return compose_config(*chosen, *needed)
 
 
 @pytest.mark.parametrize("model", choices("model"))
@@ -56,9 +58,9 @@ def test_every_algorithm_composes_with_every_self_reward_optimizer_and_logger(
 @pytest.mark.parametrize("model", choices("model"))
 @pytest.mark.parametrize("data", choices("data"))
 def test_every_model_composes_with_every_data(compose_config, model, data):
-    known = data in ("chain_sum", "reasoning_gym", "small_sums")
-    verifier = "reasoning_gym" if known else "math"
-    compose_choices(compose_config, f"model={model}", f"data={data}", f"verifier={verifier}")
+    config = compose_choices(compose_config, f"model={model}", f"data={data}")
+    generated = data in ("chain_sum", "reasoning_gym", "small_sums")
+    assert config.verifier.target.endswith("ReasoningGymVerifier") == generated
 
 
 @pytest.mark.parametrize("model", PARAMETERS)

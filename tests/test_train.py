@@ -64,9 +64,8 @@ def test_a_run_writes_everything_that_it_says(run):
     }  # fmt: skip
     assert {path.name for path in folder.iterdir()} == expected
     figures = {path.name for path in (folder / "figures").iterdir()}
-    assert figures == {
-        "training_curves.png", "score_histograms.png", "reliability.png", "voting.png",
-    }  # fmt: skip
+    names = ("training_curves", "score_histograms", "reliability", "voting")
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert [row["step"] for row in read_metrics(folder / "metrics.csv")] == [0, 1, 2, 3, 4]
     assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
@@ -391,7 +390,8 @@ def test_a_multirun_makes_a_run_for_each_value(tmp_path):
     for seed in (0, 1):
         folder = tmp_path / "sweep" / str(seed)
         assert json.loads((folder / "summary.json").read_text())["seed"] == seed
-        assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
+        (offline,) = (folder / "wandb").glob("offline-run-*")
+        assert done.stdout.count(f"wandb sync {offline}") == 1
 
 
 def test_a_job_of_a_multirun_that_fails_leaves_the_next_a_wandb_run_of_its_own(tmp_path):
