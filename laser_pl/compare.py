@@ -21,7 +21,7 @@ from rich.text import Text
 from scipy.stats import t as student
 
 from laser_pl.config import Config, flatten
-from laser_pl.errors import UserError
+from laser_pl.errors import UserError, one_line
 from laser_pl.evaluation.plots import Interval, plot_axis, plot_steps
 from laser_pl.logs.files import write_json_atomically, write_text_atomically
 from laser_pl.logs.metrics_file import read_metrics
@@ -128,8 +128,9 @@ def find_runs(patterns: str, console: Console) -> list[Run]:
     for folder in folders:
         if any(parent in folders for parent in folder.parents):
             continue  # a run's own checkpoints, and what wandb keeps there
-        if (folder / "summary.json").is_file() and (folder / "metrics.csv").is_file():
-            runs.append(_read(folder))
+        run = _read(folder)
+        if run is not None:
+            runs.append(run)
         else:
             console.print(
                 f"left out: {folder} is no training run that has finished",
@@ -179,15 +180,20 @@ def along(
     return {others: points for others, points in lines.items() if len(points) > 1}
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path) -> Run | None:
+    """The run in a folder; None if it has not finished all its steps."""
+    if not (folder / "summary.json").is_file() or not (folder / "metrics.csv").is_file():
+        return None
     try:
         settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
         summary = json.loads((folder / "summary.json").read_text())
         rows = read_metrics(folder / "metrics.csv")
         seed = int(settings.pop("seed"))
+        if summary["interrupted"] or summary["steps"] < settings["max_steps"]:
+            return None
         measures = {name: _value(summary, keys) for name, keys in MEASURES.items()}
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: is not the folder of a run ({error})") from None
+        raise UserError(f"{folder}: is not the folder of a run ({one_line(error)})") from None
     kept = {key: value for key, value in settings.items() if not key.startswith(_IGNORED)}
     return Run(folder, kept, seed, measures, rows)
 

@@ -36,6 +36,7 @@ from laser_pl.logs.files import write_json_atomically, write_text_atomically
 from laser_pl.logs.samples import Sample, SamplesFile, lines_of, read_samples
 from laser_pl.logs.terminal import print_summary
 from laser_pl.models.loading import resolve_path
+from laser_pl.preflight import max_positions, model_settings
 from laser_pl.report import draw_evaluations, list_files, score_facts
 from laser_pl.rollout.callback import calibrate
 from laser_pl.rollout.micro_batches import make_plan
@@ -46,6 +47,8 @@ from laser_pl.training.module import LaserModule
 
 # Responses that vLLM gets at once; the hf engine gets as many as it generates at once.
 VLLM_SEQUENCES = 2048
+# Of output_dir/progress: what earlier sessions have sampled.
+KNOWN = "known.jsonl"
 # Below this share of finished responses the limit is likely too small.
 FEW_FINISHED = 0.5
 
@@ -70,6 +73,7 @@ def evaluate(config: Config) -> int:
         raise UserError(f"resume = {config.resume}: an evaluation has no checkpoints; use auto")
     if is_rank_zero():
         check_output_dir(config, console=console)
+    config = with_length_that_fits(config, console)
     inputs = prepare_inputs(config, console)
     folder = Path(config.output_dir)
     if is_rank_zero():
@@ -143,11 +147,27 @@ def with_exported_score(config: Config, console: Console) -> Config:
     return validate(raw)
 
 
+def with_length_that_fits(config: Config, console: Console) -> Config:
+    """The configuration with responses no longer than the model's context leaves to them."""
+    positions, limit = max_positions(model_settings(config)), config.rollout.max_response_tokens
+    room = positions - config.data.max_prompt_tokens
+    if limit <= room or room < max(1, config.rollout.min_response_tokens):
+        return config
+    console.print(
+        f"rollout.max_response_tokens: {room} in place of {limit}, which with prompts of up to "
+        f"{config.data.max_prompt_tokens} are more than the model's {positions} positions",
+        highlight=False,
+    )
+    raw = config.model_dump(by_alias=True)
+    raw["rollout"]["max_response_tokens"] = room
+    return validate(raw)
+
+
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(path.read_text())
-        needed = {name: facts[name] for name in ("special_token", "token_id", "beta", "c_ref")}
-        return {**facts, **needed}
+        needed = {name: facts[name] for name in ("special_token", "token_id")}
+        return {**facts, **needed} | {name: float(facts[name]) for name in ("beta", "c_ref")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {one_line(error)}; export the model again") from None
 
@@ -180,7 +200,10 @@ class _Evaluation:
                 f"resume: {len(known)} of {len(self.prompts)} problems are sampled already",
                 highlight=False,
             )
-        gather_over_ranks([0])  # everyone has read what was there before anyone adds to it
+        gather_over_ranks([0])  # everyone has read what was there before it changes
+        if rank() == 0:
+            self._keep_only(known)
+        gather_over_ranks([0])
         file = SamplesFile(self.folder / "progress" / f"rank-{rank()}.jsonl")
         mine = share_of_rank(self.prompts)
         samples = self.config.evaluation.samples_per_problem
@@ -193,7 +216,9 @@ class _Evaluation:
                     part = self._with_votes({number: known[number] for number in numbers})
                 else:
                     part = self._sample(group)
-                    file.write(line for problem in part.values() for line in problem.lines)
+                    new = [part[number] for number in numbers if number not in known]
+                    file.write(line for problem in new for line in problem.lines)
+                    part |= self._with_votes({n: known[n] for n in numbers if n in known})
                 found |= part
                 advance(found, len(group) * samples)
         everything = gather_over_ranks(sorted(found.items()))
@@ -258,17 +283,31 @@ class _Evaluation:
         """The problems that an interrupted evaluation has sampled whole, by index."""
         files = [self.folder / "samples.jsonl", *sorted(self.folder.glob("progress/*.jsonl"))]
         names = {field.name for field in fields(Sample)}
-        lines: dict[int, list[Sample]] = {}
+        known: dict[int, list[Sample]] = {}
         for file in files:
+            lines: dict[int, list[Sample]] = {}
             for row in read_samples(file) if file.is_file() else []:
                 sample = Sample(**{name: row[name] for name in names})
                 lines.setdefault(sample.problem, []).append(sample)
+            known |= {number: row for number, row in lines.items() if self._is_whole(number, row)}
+        return known
+
+    def _is_whole(self, number: int, lines: list[Sample]) -> bool:
         settings = self.config.evaluation
-        if settings.adaptive:
-            return {
-                n: row for n, row in lines.items() if self._is_done(self._with_votes({n: row})[n])
-            }
-        return {n: row for n, row in lines.items() if len(row) == settings.samples_per_problem}
+        is_a_look = settings.adaptive and len(lines) % settings.adaptive_batch == 0
+        if is_a_look and len(lines) < settings.samples_per_problem:
+            return self._is_done(self._with_votes({number: lines})[number])
+        return len(lines) == settings.samples_per_problem
+
+    def _keep_only(self, known: dict[int, list[Sample]]) -> None:
+        """Leave whole problems alone on the disk: others are sampled again from their start."""
+        folder = self.folder / "progress"
+        folder.mkdir(exist_ok=True)
+        old = [file for file in folder.glob("*.jsonl") if file.name != KNOWN]
+        text = lines_of(line for row in known.values() for line in row)
+        write_text_atomically(folder / KNOWN, text)
+        for file in old:
+            file.unlink()
 
     def _measure_constant(self) -> None:
         given = self.config.self_reward.c_ref
@@ -338,8 +377,21 @@ def _report(
             highlight=False,
         )
     print_summary(None, summary, list_files(folder), console)
+    console.print(_words_on_adaptive(summary["adaptive"]), highlight=False)
     console.print(
         f"{summary['num_samples']:,} responses, {summary['response_tokens']:,} tokens, "
         f"{total:,.0f} s",
         highlight=False,
+    )
+
+
+def _words_on_adaptive(found: dict[str, float]) -> str:
+    """What stopping early saved, or would have saved with a fixed K."""
+    drawn = f"{found['samples_per_problem']:.3g} samples a problem"
+    if "equal_fixed_k" not in found:
+        return f"adaptive sampling: {drawn}, {found['saved_fraction']:.0%} saved"
+    return (
+        f"adaptive sampling would take {drawn}, {found['saved_fraction']:.0%} less: weighted vote "
+        f"{found['weighted']:.3f} in place of {found['weighted_fixed']:.3f}, as that of a fixed "
+        f"{found['equal_fixed_k']}"
     )

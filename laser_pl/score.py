@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from laser_pl.config import Config, ScoreConfig
 from laser_pl.data.files import Row, read_rows
@@ -67,15 +68,11 @@ def score(config: Config) -> int:
     finished = [i for i, row in enumerate(rows) if row.columns.get("finished", True)]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("score", total=len(finished))
-        try:
-            found = scorer.score(
-                [pairs[i][0] for i in finished],
-                [pairs[i][1] for i in finished],
-                settings.max_tokens,
-                advance=lambda number: progress.advance(task, number),
-            )
-        except ValueError as error:
-            raise UserError(f"score.input = {settings.input}: {error}") from None
+        found = scorer.score_encoded(
+            [_encode(scorer, rows[i], *pairs[i]) for i in finished],
+            settings.max_tokens,
+            advance=lambda number: progress.advance(task, number),
+        )
     scores: dict[int, float] = dict(zip(finished, found.tolist(), strict=True))
     lines = [{**row.columns, "self_reward": scores.get(i)} for i, row in enumerate(rows)]
     text = "".join(
@@ -101,6 +98,13 @@ def _check(settings: ScoreConfig) -> tuple[list[Row], Path]:
     if output.suffix != ".jsonl":
         raise UserError(f"score.output = {output}: must end in .jsonl")
     return read_rows(settings.input, "score.input"), output
+
+
+def _encode(scorer: SelfRewardScorer, row: Row, prompt: Any, response: str) -> Tensor:
+    try:
+        return scorer.encode(prompt, response)
+    except ValueError as error:
+        raise UserError(f"{row.where}: {error}") from None
 
 
 def _text(row: Row, column: str, which: str) -> Any:

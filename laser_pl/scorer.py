@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -139,23 +140,38 @@ class SelfRewardScorer:
         Returns:
             [N] float32 scores in the order of the prompts, not clipped.
         Raises:
-            ValueError: the numbers differ, or a sequence is longer than the model can read.
+            ValueError: the numbers differ, or `encode` refuses one.
         """
         if len(prompts) != len(responses):
             raise ValueError(
                 f"expected a response a prompt, found {len(prompts)} and {len(responses)}"
             )
-        sequences = [
-            torch.tensor([*self.prompt_ids(prompt), *self._response_ids(response)])
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        pairs = zip(prompts, responses, strict=True)
+        return self.score_encoded([self.encode(*pair) for pair in pairs], max_tokens, advance)
+
+    def encode(self, prompt: TextOrMessages, response: str) -> Tensor:
+        """[L] token ids of a prompt and a finished answer to it, as `score` takes them.
+
+        Raises:
+            ValueError: the messages are no chat, the tokenizer has no template for them or its
+                template refuses them, or the model cannot read as many tokens.
+        """
+        sequence = torch.tensor([*self.prompt_ids(prompt), *self._response_ids(response)])
         limit = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-        for number, sequence in enumerate(sequences):
-            if len(sequence) > limit:
-                raise ValueError(
-                    f"prompt and response {number} have {len(sequence)} tokens, more than the "
-                    f"{limit} that the model can read"
-                )
+        if len(sequence) > limit:
+            raise ValueError(
+                f"prompt and response have {len(sequence)} tokens, more than the {limit} that the "
+                "model can read"
+            )
+        return sequence
+
+    def score_encoded(
+        self,
+        sequences: Sequence[Tensor],
+        max_tokens: int = 16384,
+        advance: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """[N] scores of N sequences out of `encode`; the other arguments are those of `score`."""
         scores = torch.zeros(len(sequences))
         # Of one length as far as possible, so that little is padding.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -205,16 +221,29 @@ class SelfRewardScorer:
         return [answers[start : start + n] for start in range(0, len(answers), n)]
 
     def prompt_ids(self, prompt: TextOrMessages) -> list[int]:
-        """A prompt as token ids."""
+        """A prompt as token ids.
+
+        Raises:
+            ValueError: the messages are no chat, the tokenizer has no template for them, or its
+                template refuses them.
+        """
         if not isinstance(prompt, str):
-            prompt = str(
-                self.tokenizer.apply_chat_template(
-                    [dict(message) for message in prompt],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            )
+            prompt = self._from_messages(prompt)
         return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+    def _from_messages(self, messages: Sequence[Mapping[str, str]]) -> str:
+        if not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
+            raise ValueError("a prompt must be a text, or messages with role and content")
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template; give the prompt as a text")
+        chat = [dict(message) for message in messages]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            )
+        except TemplateError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template refuses the messages: {reason}") from None
 
     def _response_ids(self, response: str) -> list[int]:
         ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])

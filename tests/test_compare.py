@@ -36,6 +36,7 @@ def make_run(folder: Path, compose_config, accuracy: float, *overrides: str) -> 
     votes = {"majority": accuracy, "weighted": accuracy + 0.1, "best_of": accuracy}
     judge = {"f1": 1 - accuracy, "auroc": None}
     summary = {"accuracy": accuracy, "self_verification": judge, "voting": votes}
+    summary |= {"steps": config.max_steps, "interrupted": False}
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.csv").write_text(
         f"step,held_out/accuracy,held_out/f1\n0,0.1,0.2\n1,,\n2,{accuracy},{1 - accuracy}\n"
@@ -57,6 +58,14 @@ def sweep(tmp_path, compose_config) -> Path:
     of_wandb.mkdir(parents=True)
     (of_wandb / "config.yaml").write_text("seed: {value: 0}\n")
     return folder
+
+
+@pytest.mark.parametrize("change", [{"interrupted": True}, {"steps": 79}])
+def test_a_run_that_ended_before_its_last_step_is_left_out(sweep, change, capsys):
+    path = sweep / "0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert len(find_runs(str(sweep), Console(width=1000))) == 4
+    assert f"left out: {sweep / '0'} is no training run" in capsys.readouterr().out
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_row(sweep):

@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from transformers import AutoConfig
 
 from laser_pl import evaluate as evaluate_file
 from laser_pl.errors import UserError
-from laser_pl.evaluate import evaluate
+from laser_pl.evaluate import evaluate, with_length_that_fits
 from laser_pl.logs.samples import read_samples
+from laser_pl.models.loading import resolve_path
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -48,7 +52,17 @@ def test_the_report_has_every_measure(compose_config, tmp_path, capsys):
         summary["self_verification"]
     )
     assert 1 <= summary["adaptive"]["samples_per_problem"] <= 4
-    assert summary["adaptive"]["weighted_fixed"] == summary["voting"]["weighted"]
+    adaptive, curves = summary["adaptive"], summary["voting_curves"]
+    assert adaptive["weighted_fixed"] == summary["voting"]["weighted"]
+    below = [
+        a
+        for k, a in zip(curves["k"], curves["weighted"], strict=True)
+        if k < adaptive["equal_fixed_k"]
+    ]
+    assert all(accuracy < adaptive["weighted"] for accuracy in below)
+    assert adaptive["saved_at_equal_accuracy"] == pytest.approx(
+        1 - adaptive["samples_per_problem"] / adaptive["equal_fixed_k"]
+    )
     lines = read_samples(folder / "samples.jsonl")
     assert [line["problem"] for line in lines] == [i for i in range(8) for _ in range(4)]
     assert summary["accuracy"] == pytest.approx(sum(line["reward"] for line in lines) / 32)
@@ -59,6 +73,7 @@ def test_the_report_has_every_measure(compose_config, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "F1 of the class correct" in printed
     assert "32 responses" in printed
+    assert "adaptive sampling would take" in printed
     assert not (folder / "progress").exists()
 
 
@@ -95,6 +110,55 @@ def test_a_finished_evaluation_samples_nothing_again(compose_config, tmp_path, m
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_interruptions_leave_each_problem_its_samples(
+    compose_config, tmp_path, monkeypatch, adaptive
+):
+    sample = evaluate_file._Evaluation._sample
+    overrides = (*SMALL, "evaluation.adaptive=true") if adaptive else SMALL
+
+    def interrupted_after(number: int):
+        calls = iter(range(number))
+
+        def stop(*arguments):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return sample(*arguments)
+
+        return stop
+
+    progress = tmp_path / "run" / "progress"
+    # Groups of 2 problems, then of 3: the second of these has a problem that is known already.
+    for number, sequences in ((1, 8), (1, 12)):
+        monkeypatch.setattr(evaluate_file._Evaluation, "_sample", interrupted_after(number))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(
+                compose_config(*overrides, f"rollout.max_sequences={sequences}", "resume=auto")
+            )
+        # As if it had been killed within a group's lines.
+        lines = (progress / "rank-0.jsonl").read_text().splitlines(keepends=True)
+        (progress / "rank-0.jsonl").write_text("".join(lines[:-1]))
+    monkeypatch.setattr(evaluate_file._Evaluation, "_sample", sample)
+    assert evaluate(compose_config(*overrides, "resume=auto")) == 0
+    rows = read_samples(tmp_path / "run" / "samples.jsonl")
+    drawn = [sum(row["problem"] == i for row in rows) for i in range(8)]
+    assert set(drawn) <= ({2, 4} if adaptive else {4})
+    assert not progress.exists()
+
+
+def test_a_benchmark_brings_its_length_limit_and_the_model_its_context(compose_config, tmp_path):
+    config = compose_config("task=evaluate", f"model.path={tmp_path}", "data=math500")
+    assert config.rollout.max_response_tokens == 8192
+    assert compose_config("data=math500", "rollout=vllm").rollout.max_response_tokens == 8192
+    said = StringIO()
+    tiny = compose_config("task=evaluate", "rollout.max_response_tokens=8192")
+    limit = with_length_that_fits(tiny, Console(file=said)).rollout.max_response_tokens
+    positions = AutoConfig.from_pretrained(resolve_path("builtin:tiny")).max_position_embeddings
+    assert limit + tiny.data.max_prompt_tokens == positions
+    assert f"rollout.max_response_tokens: {limit} in place of 8192" in said.getvalue()
+    assert with_length_that_fits(compose_config(*SMALL), Console()) == compose_config(*SMALL)
+
+
 @pytest.mark.slow
 def test_two_ranks_make_one_evaluation(tmp_path):
     folder = tmp_path / "run"
@@ -122,6 +186,7 @@ def test_adaptive_sampling_stops_where_the_vote_is_decided(compose_config, tmp_p
     assert summary["num_samples"] == sum(drawn)
     assert summary["adaptive"]["samples_per_problem"] == sum(drawn) / 8
     assert summary["adaptive"]["saved_fraction"] == pytest.approx(1 - sum(drawn) / 64)
+    assert summary["voting"]["pass_at_k"] is None
     of_problem = [
         [line["reward"] for line in lines if line["problem"] == i] for i in range(8)
     ]  # fmt: skip

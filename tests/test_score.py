@@ -88,8 +88,18 @@ def test_inputs_that_do_not_fit_are_refused(folder):
     scorer = SelfRewardScorer.from_pretrained(folder)
     with pytest.raises(ValueError, match="expected a response a prompt, found 3 and 2"):
         scorer.score(PROMPTS, RESPONSES[:2])
-    with pytest.raises(ValueError, match=r"prompt and response 0 have \d+ tokens, more than"):
+    with pytest.raises(ValueError, match=r"prompt and response have \d+ tokens, more than"):
         scorer.score(["1 + " * 2000], ["1"])
+    chat = [{"role": "user", "content": "8 - 2"}]
+    for messages in (["8 - 2"], [{"text": "8 - 2"}]):
+        with pytest.raises(ValueError, match="must be a text, or messages with role and content"):
+            scorer.score([messages], ["6"])
+    scorer.tokenizer.chat_template = "{{ raise_exception('no user here') }}"
+    with pytest.raises(ValueError, match="the chat template refuses the messages: no user here"):
+        scorer.score([chat], ["6"])
+    scorer.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template; give the prompt as a text"):
+        scorer.score([chat], ["6"])
 
 
 def test_a_folder_that_cannot_be_read_off_is_refused(tmp_path):
@@ -161,12 +171,17 @@ def test_a_csv_with_other_columns_is_scored_with_the_folders_token(
             ["score.input={good}", "score.output=o.jsonl"],
             "self_reward.c_ref = calibrated is no number",
         ),
+        (
+            ["score.input={chat}", "score.output=o.jsonl", "self_reward.c_ref=-21.0"],
+            "chat.jsonl:2: a prompt must be a text, or messages with role and content",
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_one_line(compose_config, tmp_path, monkeypatch, overrides, message):
     monkeypatch.chdir(tmp_path)
     row = json.dumps({"prompt": "1 + 1 =\n", "response": "2"}) + "\n"
-    texts = {"empty": "", "broken": row + "{\n", "good": row}
+    chat = json.dumps({"prompt": ["1 + 1"], "response": "2"}) + "\n"
+    texts = {"empty": "", "broken": row + "{\n", "good": row, "chat": row + chat}
     for name, text in texts.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     paths = {name: tmp_path / f"{name}.jsonl" for name in texts}

@@ -128,6 +128,8 @@ def test_a_sweep_over_alpha_reports_every_run(wandb_cloud, tmp_path):
         assert steps == {1, 2}
         assert 0 <= run["summary"]["held_out/f1"] <= 1
         assert run["summary"]["best/held_out/accuracy"] >= run["summary"]["held_out/accuracy"]
+        of_wandb = yaml.safe_load((store / "files" / "run" / run["id"] / "config.yaml").read_text())
+        assert "trainer/global_step" in str(of_wandb["_wandb"]["value"]["m"])
         logged = {key for row in run["history"] for key in row}
         assert {"samples", "figures/voting", "figures/training_curves"} <= logged
         assert any(key.startswith("self_reward/scores_") for key in logged)

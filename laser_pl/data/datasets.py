@@ -243,8 +243,8 @@ def _listed_options(row: Row, options: Any, answer: Any, columns: Columns) -> tu
         return texts, answer
     if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:
         return texts, letters.index(answer.strip())
-    if answer in texts:
-        return texts, texts.index(answer)
+    if isinstance(answer, str) and answer.strip() in texts:
+        return texts, texts.index(answer.strip())
     raise UserError(
         f"{row.where}: {columns.answer_column} is {answer!r}; must be one of {letters}, its place, "
         f"or the text of an option in {column}"

@@ -32,7 +32,7 @@ def is_decided(
     """
     weights = sorted(tally(answers, scores).values(), reverse=True)
     lead, second = [*weights, 0.0, 0.0][:2]
-    if num_left == 0 or lead - second > num_left:
+    if num_left <= 0 or lead - second > num_left:
         return True
     return float(beta.sf(0.5, 1 + lead, 1 + second)) > confidence
 

@@ -113,12 +113,20 @@ def detailed_summary(
         threshold: a response is judged correct if its score is above this.
     Returns:
         Also self_verification.f1_binary and .score_length_spearman (NaN where not defined),
-        voting_curves, adaptive (what stopping early would have saved), response_tokens.
+        voting_curves, adaptive (what stopping early would have saved, also against equal_fixed_k,
+        the smallest k of the curves whose weighted vote is as accurate), response_tokens.
     """
     summary = _with_details(evaluation_summary(samples, threshold), samples, threshold)
     scores, correct = samples.judgements.tolist(), samples.correct.tolist()
     summary["voting_curves"] = voting_curves(samples)
-    summary["adaptive"] = replay(samples.answers, scores, correct, batch, confidence)
+    adaptive = replay(samples.answers, scores, correct, batch, confidence)
+    curves = summary["voting_curves"]
+    points = zip(curves["k"], curves["weighted"], strict=True)
+    enough = [k for k, accuracy in points if accuracy >= adaptive["weighted"]]
+    equal_k = enough[0] if enough else curves["k"][-1]
+    adaptive["equal_fixed_k"] = equal_k
+    adaptive["saved_at_equal_accuracy"] = 1 - adaptive["samples_per_problem"] / equal_k
+    summary["adaptive"] = adaptive
     return summary
 
 
@@ -132,27 +140,28 @@ def adaptive_summary(
         most: K, samples that a problem may have.
         threshold: a response is judged correct if its score is above this.
     Returns:
-        As `detailed_summary`, without voting_curves. Accuracy and votes are means over problems,
-        the rest over responses. voting.k is K; the votes are those at which sampling stopped.
+        As `detailed_summary`, without voting_curves and what needs samples that were not drawn.
+        Accuracy and votes are means over problems, the rest over responses. voting.k is K; the
+        votes are those at which sampling stopped.
     """
     joined = join_samples(problems)
     summary = _with_details(evaluation_summary(joined, threshold), joined, threshold)
     means = torch.stack([problem.rewards.double().mean() for problem in problems])
     votes = [evaluation_summary(problem)["voting"] for problem in problems]
     num_samples = joined.rewards.numel()
-    names = ("majority", "weighted", "best_of", "pass_at_k")
+    names = ("majority", "weighted", "best_of")
     summary |= {
         "accuracy": float(means.mean()),
         "accuracy_interval": accuracy_interval(means.unsqueeze(1)),
         "voting": {"k": most}
-        | {name: math.fsum(vote[name] for vote in votes) / len(votes) for name in names},
+        | {name: math.fsum(vote[name] for vote in votes) / len(votes) for name in names}
+        | {"pass_at_k": math.nan},
         "num_problems": len(problems),
     }
     summary["adaptive"] = {
         "samples_per_problem": num_samples / len(problems),
         "saved_fraction": 1 - num_samples / (most * len(problems)),
         "weighted": summary["voting"]["weighted"],
-        "weighted_fixed": math.nan,  # the samples that were not drawn
     }
     return summary
 

@@ -88,10 +88,13 @@ def _summary_table(before: Summary | None, after: Summary) -> Table:
     alone = ("measured", "95 % interval")
     for heading in ("before", "after", "change") if before is not None else alone:
         table.add_column(heading, justify="right", no_wrap=True)
+    most = after["voting"]["k"]
+    if "adaptive" in after and "voting_curves" not in after:
+        most = f"1-{most}"  # where sampling stopped
     for row in _ROWS:
         if len(row.keys) == 2 and row.keys[1] not in after.get(row.keys[0], {}):
             continue  # of an evaluation of its own
-        label = row.label.format(k=after["voting"]["k"])
+        label = row.label.format(k=most)
         new = _value(after, row.keys)
         if before is None:
             interval = _interval(after).strip(" ()") if row.keys == ("accuracy",) else ""

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from laser_pl.config import Config, WandbConfig
+from laser_pl.errors import UserError, one_line
 from laser_pl.evaluation.callback import EvaluationCallback
 from laser_pl.logs.files import write_json_atomically
 from laser_pl.logs.samples import Sample
@@ -35,19 +36,31 @@ BEST = ("held_out/accuracy", "held_out/f1", "held_out/auroc", "held_out/weighted
 
 
 def start_wandb(config: Config, settings: WandbConfig, folder: Path) -> Any:
-    """Begin the wandb run, or go on with that of the run that is resumed."""
-    run = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        name=settings.name,
-        group=settings.group,
-        tags=settings.tags,
-        dir=folder,
-        id=_known_id(config, folder),
-        resume="allow",
-        mode="online" if has_wandb_key() else "offline",
-        settings=wandb.Settings(silent=True),
-    )
+    """Begin the wandb run, or go on with that of the run that is resumed.
+
+    Raises:
+        UserError: wandb refuses the key or the settings, or its server does not answer.
+    """
+    try:
+        run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name,
+            group=settings.group,
+            tags=settings.tags,
+            dir=folder,
+            id=_known_id(config, folder),
+            resume="allow",
+            mode="online" if has_wandb_key() else "offline",
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"logger.wandb: {one_line(error)}; WANDB_MODE=offline or logger=csv does without it"
+        ) from None
+    # Lightning does so for the runs that it begins itself.
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     write_json_atomically(folder / WANDB_FILE, {"id": run.id})
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     run.config.update({"versions": versions}, allow_val_change=True)
