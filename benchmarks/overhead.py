@@ -2,8 +2,10 @@
 
 The same runs with `self_reward=laser` (every part active from the first step) and
 `self_reward=off`, in turn, several times, at a learning rate so small that both sample the same
-responses. Both read the score while sampling, one decoded token a finished response. Prints the
-table of docs/speed.md and writes it as JSON.
+responses. Both read the score while sampling, one decoded token a finished response. GRPO leaves
+groups with equal rewards out of its update, LaSeR learns to judge from them: the difference is
+shown against GRPO that updates on all groups, too. Prints the table of docs/speed.md and writes it
+as JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from step_times import PARTS, run_steps, save
 
 METHODS = {
     "GRPO": ["self_reward=off"],
+    "GRPO, all groups": ["self_reward=off", "training.skip_zero_advantage=false"],
     "LaSeR": ["self_reward.reasoning_warmup_steps=0", "self_reward.warmup_steps=0"],
 }
 MODELS = {
@@ -46,10 +49,12 @@ def main() -> None:
             results.append({"model": model, "method": name, "tokens": tokens, **times})
             print(f"| {model} | {name} | {times['step']:.3f} | {times['rollout']:.3f} "
                   f"| {times['update']:.3f} | {tokens:.0f} |", flush=True)  # fmt: skip
-        grpo, laser = results[-2:]
-        change = {part: laser[part] / grpo[part] - 1 for part in PARTS}
-        print(f"| {model} | LaSeR / GRPO | {change['step']:+.1%} | {change['rollout']:+.1%} "
-              f"| {change['update']:+.1%} | |", flush=True)  # fmt: skip
+        *others, laser = results[-len(METHODS) :]
+        for other in others:
+            change = {part: laser[part] / other[part] - 1 for part in PARTS}
+            print(f"| {model} | LaSeR / {other['method']} | {change['step']:+.1%} "
+                  f"| {change['rollout']:+.1%} | {change['update']:+.1%} | |",
+                  flush=True)  # fmt: skip
     save(results, arguments.output)
 
 
