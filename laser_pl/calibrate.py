@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -43,6 +43,7 @@ class TokenFacts:
         c_ref: mean of log pi_ref(token | x, y) after EOS, in nats.
         c_ref_std: its standard deviation over responses, in nats.
         partition_excess: Z - 1 at the configured beta; small where the score can reach 1.
+        occurs_in_data: a problem or an answer contains it.
         problem: why it cannot be taken; None if it can.
         reason: what speaks for it or against it, in a few words.
     """
@@ -52,6 +53,7 @@ class TokenFacts:
     c_ref: float
     c_ref_std: float
     partition_excess: float
+    occurs_in_data: bool
     problem: str | None
     reason: str
 
@@ -146,8 +148,7 @@ def rank_tokens(config: Config, inputs: Inputs) -> tuple[list[TokenFacts], int]:
     if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
         module.to("cuda")
     number = max(1, config.calibrate.num_responses // config.rollouts_per_prompt)
-    data = PromptDataModule(inputs.train, [], number, 1, config.seed)
-    prompts = data.prompts_of_step(1)
+    prompts = PromptDataModule(inputs.train, [], number, 1, config.seed).prompts_of_step(1)
     collector = build_collector(config, inputs)
     with collector.engine.weights_of(module.policy):
         seed = derive_seed(config.seed, "calibrate", 0)
@@ -160,8 +161,9 @@ def rank_tokens(config: Config, inputs: Inputs) -> tuple[list[TokenFacts], int]:
         )
     logprobs = logprobs_after_eos(module.policy, batch, candidates)
     mean, std = logprobs.mean(dim=0), logprobs.std(dim=0, unbiased=len(logprobs) > 1)
+    data = _Data.of([*inputs.train, *inputs.held_out])
     tokens = [
-        _facts(config, inputs, token_id, float(m), float(s))
+        _facts(config, inputs, data, token_id, float(m), float(s))
         for token_id, m, s in zip(candidates, mean, std, strict=True)
     ]
     tokens.sort(key=lambda t: (t.problem is not None, t.c_ref_std, t.token_id))
@@ -210,32 +212,42 @@ def logprobs_after_eos(
     return torch.cat(found)
 
 
-def _facts(config: Config, inputs: Inputs, token_id: int, c_ref: float, std: float) -> TokenFacts:
+class _Data(NamedTuple):
+    """What occurs in the problems and their answers: token ids of the prompts, and the texts."""
+
+    token_ids: frozenset[int]
+    text: str
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt]) -> _Data:
+        ids = frozenset(token_id for prompt in prompts for token_id in prompt.token_ids)
+        texts = (text for p in prompts for text in (p.problem.text, p.problem.answer))
+        return cls(ids, "\n".join(texts))
+
+
+def _facts(
+    config: Config, inputs: Inputs, data: _Data, token_id: int, c_ref: float, std: float
+) -> TokenFacts:
     text = str(inputs.tokenizer.convert_ids_to_tokens(token_id))
-    excess = partition_excess(c_ref, config.self_reward.beta)
-    problem = _problem(inputs, token_id, text)
-    if problem is None and excess > WARN_PARTITION_EXCESS:
-        problem = f"too likely for beta {config.self_reward.beta:g}: Z - 1 = {excess:.2g}"
+    settings = config.self_reward
+    excess = partition_excess(c_ref, settings.beta)
+    occurs = token_id in data.token_ids or text in data.text
+    problem = _problem(inputs, token_id) or ("occurs in the data" if occurs else None)
+    if problem is None and settings.has_constant and excess > WARN_PARTITION_EXCESS:
+        problem = f"too likely for beta {settings.beta:g}: Z - 1 = {excess:.2g}"
     reason = problem or f"never occurs, Z - 1 = {excess:.2g}, varies by {std:.2f} nats"
-    return TokenFacts(token_id, text, c_ref, std, excess, problem, reason)
+    return TokenFacts(token_id, text, c_ref, std, excess, occurs, problem, reason)
 
 
-def _problem(inputs: Inputs, token_id: int, text: str) -> str | None:
-    """Why a token cannot be the score token, whatever its probability."""
+def _problem(inputs: Inputs, token_id: int) -> str | None:
+    """Why a token cannot be the score token, whatever the data and its probability."""
     if token_id in inputs.eos_ids:
         return "ends a response"
     if token_id == inputs.tokenizer.pad_token_id:
         return "is the pad token"
     if token_id == inputs.incorrect_token_id:
         return "is self_reward.incorrect_token"
-    if any(_occurs(prompt, token_id, text) for prompt in [*inputs.train, *inputs.held_out]):
-        return "occurs in the data"
     return None
-
-
-def _occurs(prompt: Prompt, token_id: int, text: str) -> bool:
-    problem = prompt.problem
-    return token_id in prompt.token_ids or text in problem.text or text in problem.answer
 
 
 def _show(tokens: list[TokenFacts], num_responses: int, beta: float, console: Console) -> None:

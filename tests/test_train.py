@@ -22,6 +22,7 @@ from laser_pl.config import validate
 from laser_pl.errors import UserError
 from laser_pl.evaluate import evaluate
 from laser_pl.logs.metrics_file import read_metrics
+from laser_pl.logs.samples import read_samples
 from laser_pl.train import train
 from laser_pl.training import module as module_file
 from laser_pl.training.checkpoint import CheckpointReader
@@ -73,6 +74,32 @@ def test_a_run_writes_everything_that_it_says(run):
     ]  # fmt: skip
     config = validate(yaml.safe_load((folder / "config.yaml").read_text()))
     assert config.output_dir == str(folder)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("algorithm=dapo",),
+        ("algorithm=gspo",),
+        ("algorithm=cispo",),
+        ("self_reward=two_token", "self_reward.incorrect_token=tiny-reserved-1"),
+        ("self_reward=sft", "self_reward.incorrect_token=tiny-reserved-1"),
+    ],
+)
+def test_what_a_choice_has_trained_is_evaluated_with_its_own_score(
+    run, compose_config, tmp_path, choice
+):
+    code, folder = run("max_steps=2", "evaluation.every_n_steps=0", *choice)
+    assert code == 0
+    trained = [row for row in read_samples(folder / "samples.jsonl") if row["step"] == 2]
+    held_out = [row for row in trained if row["split"] == "held_out"]
+    arguments = ("task=evaluate", f"model.path={folder}/model", f"output_dir={tmp_path}/again")
+    assert evaluate(compose_config(*SMALL, *arguments)) == 0
+    again = read_samples(tmp_path / "again" / "samples.jsonl")
+    assert len(again) == len(held_out) == 16
+    assert all(math.isfinite(row["score"]) for row in again)
+    if choice[0].startswith("self_reward="):  # probabilities, of two tokens or of one
+        assert all(0 <= row["score"] <= 1 for row in [*again, *held_out])
 
 
 def test_the_summary_has_what_the_run_was_for(run):

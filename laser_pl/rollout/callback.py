@@ -71,7 +71,7 @@ class RolloutCallback(Callback):
         self.samples = samples
         self.tell = tell
         self.samples_of_step: list[Sample] = []
-        self.scores_of_step: dict[str, list[float]] = {}  # of this rank, by verdict
+        self.scores_of_step: dict[str, list[float]] = {}  # of all ranks, by verdict
         self.calibrate_s = 0.0
         self._step_start = 0.0
         self._update_start = 0.0
@@ -154,6 +154,8 @@ class RolloutCallback(Callback):
         rewards, scores, finished, tokens, unparsed, no_signal, mixed = table.unbind(dim=1)
         judged = verification_metrics(scores, rewards > 0.5)
         done = finished > 0.5
+        right, wrong = scores[done & (rewards > 0.5)], scores[done & (rewards < 0.5)]
+        self.scores_of_step = {"correct": right.tolist(), "incorrect": wrong.tolist()}
         counts = self.collector.verifier.counts
         failures = zip(counts, sum_over_ranks(torch.tensor(list(counts.values()))), strict=True)
         metrics: dict[str, Tensor | float] = {
@@ -165,8 +167,8 @@ class RolloutCallback(Callback):
             "rollout/tokens_per_s": tokens.sum() / collected.rollout_s,
             "rollout/zero_signal_groups_fraction": no_signal.mean(),
             **{f"self_reward/{name}": judged[name] for name in _JUDGED},
-            "self_reward/score_mean_correct": scores[done & (rewards > 0.5)].mean(),
-            "self_reward/score_mean_incorrect": scores[done & (rewards < 0.5)].mean(),
+            "self_reward/score_mean_correct": right.mean(),
+            "self_reward/score_mean_incorrect": wrong.mean(),
             "self_reward/advantages_mixed_fraction": mixed.mean(),
             "self_reward/loss_active": module.self_reward_active,
             "self_reward/integration_active": mixes(module.self_reward, module.step),
@@ -180,15 +182,9 @@ class RolloutCallback(Callback):
     def _keep_samples(self, collected: Collected, step: int) -> None:
         if self.samples is None:
             return
-        batch = collected.batch
-        rows = range(min(SAMPLES_PER_STEP, len(batch)))
+        rows = range(min(SAMPLES_PER_STEP, len(collected.batch)))
         self.samples_of_step = training_samples(collected, rows, step, self.collector.tokenizer)
         self.samples.write(self.samples_of_step)
-        is_correct = batch.rewards > 0.5
-        self.scores_of_step = {
-            verdict: batch.scores[batch.finished & mask].tolist()
-            for verdict, mask in (("correct", is_correct), ("incorrect", ~is_correct))
-        }
 
 
 def groups_without_signal(batch: RolloutBatch) -> list[int]:
