@@ -19,6 +19,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -67,6 +68,7 @@ def main() -> None:
             composed.output_dir = HydraConfig.get().runtime.output_dir
             config = to_config(composed)
             check_launch(config.trainer.devices, config.trainer.num_nodes)
+            _check_multirun(config)
             check_resume(config, list(HydraConfig.get().overrides.task))
             exit_codes.append(run_task(config))
         except (UserError, OmegaConfBaseException) as error:
@@ -92,6 +94,16 @@ def main() -> None:
         # Hydra composes `self_reward=5` and the like into an error of its own kind.
         exit_codes.append(_tell(f"config: cannot be composed ({one_line(error)}); see --help"))
     sys.exit(max(exit_codes, default=0))
+
+
+def _check_multirun(config: Config) -> None:
+    """Refuse what Lightning would start the further processes of as whole sweeps of their own."""
+    is_multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_multirun and config.num_ranks > 1 and outer_launch() is None:
+        raise UserError(
+            f"trainer.devices = {config.trainer.devices}: a --multirun starts no further "
+            "processes; use one device, wandb sweep, or torchrun in a loop"
+        )
 
 
 def open_arguments(arguments: list[str]) -> list[str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from laser_pl.errors import UserError
 
 T = TypeVar("T")
 
@@ -45,6 +48,22 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     return bool(sum_over_ranks(torch.tensor(int(flag))).item())
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Do each rank's own work; a mistake on one ends all, none of which then waits for it.
+
+    Raises:
+        UserError: on every rank, with the message of the first that has one.
+    """
+    mistakes: list[str] = []
+    try:
+        result = work()
+    except UserError as error:
+        mistakes.append(str(error))
+    if everyones := gather_over_ranks(mistakes):
+        raise UserError(everyones[0])
+    return result
 
 
 def share_of_rank(items: list[T]) -> list[T]:

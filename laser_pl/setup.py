@@ -210,7 +210,8 @@ _FREE_KEYS = (
     "trainer.devices", "trainer.num_nodes", "trainer.num_threads", "trainer.accelerator",
     "trainer.timeout_minutes",
     "strategy", "micro_batch_size", "training", "model.gradient_checkpointing",
-    "rollout.max_sequences", "rollout.gathered_weights",
+    "rollout.max_sequences", "rollout.gathered_weights", "rollout.server_url",
+    "rollout.gpu_memory_utilization", "rollout.kv_cache_gb", "verifier.num_workers",
 )  # fmt: skip
 
 

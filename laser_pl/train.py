@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from laser_pl.config import Config, HFRollout, VllmRollout, validate
 from laser_pl.data.datamodule import PromptDataModule
-from laser_pl.distributed import any_rank, derive_seed
+from laser_pl.distributed import any_rank, derive_seed, gather_over_ranks
 from laser_pl.errors import UserError, one_line
 from laser_pl.evaluation.callback import EvaluationCallback
 from laser_pl.export import describe_run
@@ -191,6 +191,9 @@ class _Run:
             if self.config.logger.wandb is not None:
                 rows = read_metrics(self.folder / "metrics.csv")
                 log_results(rows, self.folder, self.config.logger.wandb)
+        if self.stop.interrupted:
+            # A launcher ends all ranks when one ends with an error: rank 0 has to be done first.
+            gather_over_ranks([0])
         if self.stop.diverged:
             found = (
                 f"{self.module.num_bad_steps} steps whose gradient was not finite, more than "

@@ -359,12 +359,17 @@ def break_losses(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(module_file.LaserModule, "training_step", broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_tells_and_says_so_in_the_exit_code_and_the_run_goes_on(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "devices"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGUSR1, 2)],
+)
+def test_a_signal_saves_tells_and_says_so_in_the_exit_code_and_the_run_goes_on(
+    tmp_path, number, devices
+):
     folder = tmp_path / "run"
     command = [
         sys.executable, str(ROOT / "run.py"), *SMALL, "logger=csv", "max_steps=400",
-        f"output_dir={folder}",
+        f"output_dir={folder}", f"trainer.devices={devices}",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -375,6 +380,7 @@ def test_a_signal_saves_tells_and_says_so_in_the_exit_code_and_the_run_goes_on(t
     assert "interrupted" in output
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["interrupted"] is True
+    assert (folder / "model" / "self_reward.json").is_file()
     # What was not measured since the first step is not shown as measured.
     assert (summary["evaluated_at_step"] is None) == ("accuracy" not in summary)
     assert (folder / "checkpoints" / f"step-{summary['steps']:06d}").is_dir()
@@ -394,6 +400,38 @@ def wait_for_step(path: Path, step: int) -> None:
             return
         time.sleep(0.1)
     raise TimeoutError(f"no step {step} in {path}")
+
+
+def test_a_verifier_that_fails_on_one_rank_ends_all_with_its_message(tmp_path):
+    (tmp_path / "picky.py").write_text(
+        "import os\n"
+        "def check(problem, response):\n"
+        "    if os.environ.get('LOCAL_RANK') == '1':\n"
+        "        raise ValueError('not here')\n"
+        "    return 0.0\n"
+    )
+    command = [
+        sys.executable, str(ROOT / "run.py"), *SMALL, "logger=csv", "trainer.devices=2",
+        "verifier._target_=picky.check", "evaluation.every_n_steps=0", f"output_dir={tmp_path}/run",
+        "self_reward.c_ref=-21.0", "evaluation.num_problems=1",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode != 0
+    assert "ValueError: not here; verifier.on_error=zero would go on" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_multirun_on_several_devices_is_refused(tmp_path):
+    command = [
+        sys.executable, str(ROOT / "run.py"), "--multirun", "seed=0", "trainer.devices=2",
+        f"hydra.sweep.dir={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "trainer.devices = 2: a --multirun starts no further processes" in done.stderr
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])

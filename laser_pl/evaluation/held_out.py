@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from laser_pl.data.problem import Prompt
-from laser_pl.distributed import derive_seed, gather_over_ranks, rank, share_of_rank
+from laser_pl.distributed import (
+    derive_seed,
+    gather_over_ranks,
+    on_all_ranks,
+    rank,
+    share_of_rank,
+)
 from laser_pl.evaluation.report import EvaluationSamples
 from laser_pl.logs.samples import Sample
 from laser_pl.rollout.batch import RolloutBatch
@@ -54,14 +60,18 @@ def evaluate_prompts(
     Raises:
         UserError: the verifier failed, and the configuration says to stop then.
     """
-    mine = share_of_rank(list(prompts))
-    rows: list[dict[str, Any]] = []
-    for number, group in enumerate(track(_groups(mine, samples_per_problem))):
-        group_seed = derive_seed(seed, "evaluate", step, rank(), number)
-        collected = collector.collect(group, samples_per_problem, group_seed)
-        add_scores(collected.batch)
-        rows += _rows(collected, samples_per_problem, collector, step)
-    rows = gather_over_ranks(rows)
+
+    def share() -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        groups = _groups(share_of_rank(list(prompts)), samples_per_problem)
+        for number, group in enumerate(track(groups)):
+            group_seed = derive_seed(seed, "evaluate", step, rank(), number)
+            collected = collector.collect(group, samples_per_problem, group_seed)
+            add_scores(collected.batch)
+            rows += _rows(collected, samples_per_problem, collector, step)
+        return rows
+
+    rows = gather_over_ranks(on_all_ranks(share))
     return Evaluation(
         samples=to_samples([row["lines"] for row in rows], [row["answers"] for row in rows]),
         lines=[line for row in rows for line in row["lines"]],

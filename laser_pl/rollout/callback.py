@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from laser_pl.algorithm import partition_excess
 from laser_pl.config import Config, check_partition_excess
 from laser_pl.data.datamodule import PromptDataModule
+from laser_pl.data.problem import Prompt
 from laser_pl.distributed import (
     any_rank,
     derive_seed,
     gather_over_ranks,
+    on_all_ranks,
     rank,
     sum_over_ranks,
     world_size,
@@ -76,6 +80,18 @@ class RolloutCallback(Callback):
         self._step_start = 0.0
         self._update_start = 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the verifiers of all ranks have counted so far."""
+        counts = self.collector.verifier.counts
+        totals = sum_over_ranks(torch.tensor(list(counts.values()))).tolist()
+        return dict(zip(counts, totals, strict=True))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from there; the counts are summed over the ranks."""
+        if rank() == 0:
+            for name, count in state_dict.items():
+                setattr(self.collector.verifier, name, count)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure c_ref before the first update; a resumed run has it from its checkpoint."""
         module, data = _parts(trainer, pl_module)
@@ -114,12 +130,8 @@ class RolloutCallback(Callback):
 
     def _collect(self, data: PromptDataModule, step: int) -> Collected:
         """The step's rollouts; prompts with equal rewards are replaced if so configured."""
-        number = self.config.rollouts_per_prompt
-        collected = self.collector.collect(
-            data.prompts_of_step(step),
-            number,
-            derive_seed(self.config.seed, "rollout", step, rank()),
-        )
+        seed = derive_seed(self.config.seed, "rollout", step, rank())
+        collected = self._collect_together(data.prompts_of_step(step), seed)
         for round_number in range(1, self.config.algorithm.dynamic_sampling + 1):
             useless = groups_without_signal(collected.batch)
             # Every rank samples in every round: under ZeRO-3 they gather the weights together.
@@ -127,9 +139,13 @@ class RolloutCallback(Callback):
                 break
             seed = derive_seed(self.config.seed, "dynamic", step, round_number, rank())
             prompts = random.Random(seed).choices(data.train, k=max(1, len(useless)))
-            fresh = self.collector.collect(prompts, number, seed)
+            fresh = self._collect_together(prompts, seed)
             collected = replace_groups(collected, useless, fresh)
         return collected
+
+    def _collect_together(self, prompts: Sequence[Prompt], seed: int) -> Collected:
+        number = self.config.rollouts_per_prompt
+        return on_all_ranks(lambda: self.collector.collect(prompts, number, seed))
 
     def _trained(self, batch: RolloutBatch, module: LaserModule) -> RolloutBatch:
         """The sequences that this rank trains on."""
@@ -279,13 +295,15 @@ def calibrate(
         batch = collector.generate(data.prompts_of_step(1), config.rollouts_per_prompt, seed)
     measured = torch.tensor(gather_over_ranks(batch.token_logprob[batch.finished].tolist()))
     given = config.self_reward.c_ref
-    if len(measured) == 0 and isinstance(given, str):
+    if len(measured) == 0 and isinstance(given, str) and config.self_reward.is_trained:
         raise UserError(
             f"rollout.max_response_tokens = {config.rollout.max_response_tokens}: none of "
             f"{config.num_sequences} responses ended with EOS within it, so that there is no score "
             "to calibrate; give a larger one"
         )
-    module.c_ref = float(measured.mean())
+    # Where nothing finished and nothing is trained: that of a uniform distribution.
+    uniform = -math.log(module.policy.config.get_text_config().vocab_size)
+    module.c_ref = float(measured.mean()) if len(measured) else uniform
     module.c_ref_std = float(measured.std()) if len(measured) > 1 else 0.0
     if not isinstance(given, str):
         module.c_ref = given

@@ -13,6 +13,7 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from laser_pl.distributed import rank, world_size
+from laser_pl.distributed import derive_seed, rank, world_size
 from laser_pl.errors import UserError, one_line
 from laser_pl.models.gathered import whole_weights
 from laser_pl.rollout.engine import Rollout, Sampling
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # A CPU's default KV cache; on a GPU vLLM takes its share of the memory.
 CPU_CACHE_GB = 1.0
+# That a rank has open at a server; which of them run at once is the server's business.
+MAX_REQUESTS = 256
 
 
 class VllmEngine:
@@ -188,7 +191,10 @@ class VllmServer:
     @contextmanager
     def weights_of(self, policy: PreTrainedModel) -> Iterator[None]:
         """Generate with a policy's current weights, once the server has them."""
-        weights = {name: weight.cpu().clone() for name, weight in whole_weights(policy)}
+        weights = {}
+        for name, weight in whole_weights(policy):
+            if rank() == 0:  # the others take part in the gathering
+                weights[name] = weight.cpu().clone()
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = self.folder / ".model.safetensors.partial"
@@ -214,33 +220,55 @@ class VllmServer:
     ) -> list[Rollout]:
         """Sample responses to each prompt, as `VllmEngine.generate`.
 
+        A prompt is a request: the server batches them, and each has a seed of its own, which vLLM
+        would otherwise use for every prompt.
+
         Raises:
             UserError: the server does not answer, or refuses.
         """
+
+        def ask(index: int) -> list[Rollout]:
+            own_seed = derive_seed(seed, index) % 2**31
+            return self._ask(index, prompts[index], rollouts_per_prompt, sampling, own_seed)
+
+        groups: dict[int, list[Rollout]] = {}
+        with ThreadPoolExecutor(max_workers=min(MAX_REQUESTS, len(prompts))) as pool:
+            requests = [pool.submit(ask, index) for index in range(len(prompts))]
+            try:
+                for request in as_completed(requests):
+                    group = request.result()
+                    groups[group[0].prompt_index] = group
+                    if on_finished is not None:
+                        on_finished(group)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [rollout for index in range(len(prompts)) for rollout in groups[index]]
+
+    def _ask(
+        self, index: int, prompt: Sequence[int], number: int, sampling: Sampling, seed: int
+    ) -> list[Rollout]:
+        """The rollouts of one prompt."""
         body = self.judge.http_body(
             sampling.max_response_tokens,
             sampling.min_response_tokens,
-            prompt=[list(prompt) for prompt in prompts],
-            n=rollouts_per_prompt,
-            seed=seed % 2**31,
+            prompt=list(prompt),
+            n=number,
+            seed=seed,
             **_common(sampling),
         )
         choices = self._post("/v1/completions", body)["choices"]
-        choices.sort(key=lambda choice: choice["index"])
-        rollouts = [
+        return [
             to_rollout(
-                number // rollouts_per_prompt,
+                index,
                 choice["token_ids"],
                 choice["logprobs"]["token_logprobs"],
                 isinstance(choice.get("stop_reason"), str),
                 sampling,
                 self.judge,
             )
-            for number, choice in enumerate(choices)
+            for choice in sorted(choices, key=lambda choice: choice["index"])
         ]
-        if on_finished is not None:
-            on_finished(rollouts)
-        return rollouts
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(

@@ -137,13 +137,15 @@ class CheckpointCallback(Callback):
         trainer.save_checkpoint(final)
         self._saved_step = step
         if trainer.is_global_zero:
-            self._prune()
+            self._prune(step)
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
+        """Keep the last and the best; later ones, which a resume has passed over, do not count."""
         if self.best:
             facts = {"step": self.best[0], "accuracy": self.best[1]}
             write_json_atomically(self.folder / "best.json", facts)
-        for old in list_checkpoints(self.folder)[: -self.keep_last]:
+        made = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]
+        for old in made[: -self.keep_last]:
             if not self.best or step_of(old) != self.best[0]:
                 shutil.rmtree(old)
 
@@ -295,7 +297,7 @@ def seal(partial: Path, final: Path, facts: Facts) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob("step-[0-9]*"))
 
 
 def find_checkpoint(
@@ -340,6 +342,8 @@ def damage_of(checkpoint: Path) -> str | None:
         files = dict(json.loads((checkpoint / _MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{_MANIFEST} is missing or unreadable"
+    if _STATE not in files:
+        return f"{_MANIFEST} does not name {_STATE}"
     for name, facts in files.items():
         path = checkpoint / name
         size = path.stat().st_size if path.is_file() else None

@@ -205,7 +205,8 @@ class LaserModule(LightningModule):
         self._add("train/approx_kl", policy_loss.approx_kl * share)
         self._add("train/entropy", output.entropy.sum() / totals.num_trained_tokens)
         gap = (output.logprobs.detach() - batch.rollout_logprobs).abs()
-        mean_gap = gap.nan_to_num(nan=0.0).sum() / totals.num_trained_tokens
+        # NaN where the engine could not say, as vLLM at another temperature.
+        mean_gap = gap.sum() / totals.num_trained_tokens
         self._add("rollout/logprob_gap_mean", mean_gap)
         # Lightning takes the mean over micro-batches, DDP and DeepSpeed over ranks; the normalizers
         # are of the whole step already.

@@ -175,6 +175,17 @@ class FakeTrainer(Trainer):
         partial_folder(filepath).rename(filepath)
 
 
+def test_later_checkpoints_that_were_passed_over_do_not_push_out_newer_ones(tmp_path):
+    damaged = tmp_path / "step-000030"
+    damaged.mkdir()
+    callback = CheckpointCallback(tmp_path, 5, 1, False, lambda step: None, lambda folder: None)
+    trainer = FakeTrainer()
+    for step in (20, 25):
+        trainer.steps_done = step - 1
+        callback.on_train_epoch_end(trainer, None)
+    assert [int(path.name[-6:]) for path in list_checkpoints(tmp_path)] == [25, 30]
+
+
 def test_the_last_few_and_the_best_are_kept(tmp_path):
     accuracies = {2: 0.3, 4: 0.8, 6: 0.8, 8: 0.5}
     callback = CheckpointCallback(
