@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_pl import cli
@@ -143,6 +144,23 @@ def test_a_sharded_run_exports_its_weights(zero3, tmp_path):
     assert set(exported) == set(reader.weight_names)
     for name, weight in exported.items():
         assert torch.equal(weight, reader.weight(name))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero1", "deepspeed_zero2"])
+def test_two_ranks_go_on_to_the_same_bits_and_export_them(tmp_path, strategy):
+    how = ("trainer.devices=2", f"strategy={strategy}", "checkpoint.every_n_steps=1",
+           "optimizer.schedule=constant")  # fmt: skip
+    whole, part, output = tmp_path / "whole", tmp_path / "part", tmp_path / "out"
+    launch(whole, *how, "max_steps=2")
+    launch(part, *how, "max_steps=1")
+    launch(part, *how, "max_steps=2", "resume=auto")
+    weights = "model/model.safetensors"
+    assert (part / weights).read_bytes() == (whole / weights).read_bytes()
+    assert cli_export(f"checkpoint={newest(part)}", f"output={output}") == 0
+    trained = load_file(whole / weights)
+    exported = load_file(output / "model.safetensors")
+    assert exported.keys() == trained.keys()
+    assert all(torch.equal(exported[name], trained[name]) for name in trained)
 
 
 @pytest.mark.parametrize(
