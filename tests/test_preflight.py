@@ -90,7 +90,13 @@ def test_what_is_missing_is_told_with_what_to_do(compose_config, monkeypatch, ov
     monkeypatch.setattr(preflight, "hub_answers", lambda: False)
     monkeypatch.setattr(preflight, "_hub_token", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    absent = ("vllm", "flash_attn")  # of others transformers would remember that they are missing
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in absent else find(name, *rest),
+    )
     with pytest.raises(UserError) as caught:
         run_preflight(compose_config(*overrides), Console(quiet=True), always_show=False)
     assert message in str(caught.value)
