@@ -205,11 +205,9 @@ class RolloutCallback(Callback):
 
 def groups_without_signal(batch: RolloutBatch) -> list[int]:
     """The prompts, by their number in the batch, whose responses all have the same reward."""
-    return [
-        int(group)
-        for group in batch.groups.unique()
-        if batch.rewards[batch.groups == group].unique().numel() == 1
-    ]
+    without = _groups_without_signal(batch.rewards, batch.groups)
+    numbers: list[int] = batch.groups[without].unique().tolist()
+    return numbers
 
 
 def replace_groups(collected: Collected, places: Sequence[int], fresh: Collected) -> Collected:
