@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from laser_pl.config import Config, known_keys, validate
-from laser_pl.errors import UserError, one_line, suggestion
+from laser_pl.errors import EXIT_USER_ERROR, UserError, one_line, suggestion
 from laser_pl.launch import (
     check_launch,
     is_first_on_node,
@@ -33,7 +33,6 @@ from laser_pl.launch import (
     register_resolvers,
 )
 
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 # Keys that a task of the same name lets one write without its name.
 _SHORT_NAMES = {

@@ -21,7 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from laser_pl.config import Config, HFRollout, validate
 from laser_pl.data.datamodule import PromptDataModule
 from laser_pl.data.problem import Prompt
-from laser_pl.distributed import derive_seed, gather_over_ranks, rank, share_of_rank
+from laser_pl.distributed import (
+    derive_seed,
+    gather_over_ranks,
+    on_all_ranks,
+    rank,
+    share_of_rank,
+)
 from laser_pl.errors import UserError, one_line
 from laser_pl.evaluation.adaptive import is_decided
 from laser_pl.evaluation.held_out import problem_lines, to_samples
@@ -204,6 +210,12 @@ class _Evaluation:
         if rank() == 0:
             self._keep_only(known)
         gather_over_ranks([0])
+        found = on_all_ranks(lambda: self._sample_share(known))
+        everything = gather_over_ranks(sorted(found.items()))
+        return [problem for _, problem in sorted(everything)]
+
+    def _sample_share(self, known: dict[int, list[Sample]]) -> dict[int, _Problem]:
+        """This rank's problems, by index: those that are known, and the others sampled."""
         file = SamplesFile(self.folder / "progress" / f"rank-{rank()}.jsonl")
         mine = share_of_rank(self.prompts)
         samples = self.config.evaluation.samples_per_problem
@@ -221,8 +233,7 @@ class _Evaluation:
                     part |= self._with_votes({n: known[n] for n in numbers if n in known})
                 found |= part
                 advance(found, len(group) * samples)
-        everything = gather_over_ranks(sorted(found.items()))
-        return [problem for _, problem in sorted(everything)]
+        return found
 
     def _sample(self, group: list[Prompt]) -> dict[int, _Problem]:
         """The samples of a group's problems: K each, or adaptively fewer."""

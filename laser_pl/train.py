@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from laser_pl.config import Config, HFRollout, VllmRollout, validate
 from laser_pl.data.datamodule import PromptDataModule
 from laser_pl.distributed import any_rank, derive_seed, gather_over_ranks
-from laser_pl.errors import UserError, one_line
+from laser_pl.errors import EXIT_USER_ERROR, UserError, one_line
 from laser_pl.evaluation.callback import EvaluationCallback
 from laser_pl.export import describe_run
 from laser_pl.launch import is_rank_zero
@@ -98,13 +98,16 @@ def train(config: Config) -> int:
     # Only now, so that after a mistake so far the corrected command can use the same folder.
     if is_rank_zero():
         prepare_output_dir(config)
-    exit_code = EXIT_FAILED
+    exit_code, mistake = EXIT_FAILED, None
     try:
         exit_code = _Run(config, inputs, folder, console, checkpoint).fit(start)
+    except UserError as error:
+        exit_code, mistake = EXIT_USER_ERROR, str(error)
+        raise
     finally:
         inputs.verifier.close()
         if config.logger.wandb is not None:
-            finish_wandb(exit_code, console)  # the next run of a multirun is another one
+            finish_wandb(exit_code, mistake, console)  # the next run of a multirun is another one
     return exit_code
 
 

@@ -64,6 +64,15 @@ def test_the_report_has_every_measure(compose_config, tmp_path, capsys):
         1 - adaptive["samples_per_problem"] / adaptive["equal_fixed_k"]
     )
     lines = read_samples(folder / "samples.jsonl")
+    reliability = summary["reliability"]
+    assert sum(reliability["num_responses"]) == 32
+    right = [
+        (accuracy or 0) * number
+        for accuracy, number in zip(
+            reliability["accuracy"], reliability["num_responses"], strict=True
+        )
+    ]
+    assert sum(right) == pytest.approx(sum(line["reward"] for line in lines))
     assert [line["problem"] for line in lines] == [i for i in range(8) for _ in range(4)]
     assert summary["accuracy"] == pytest.approx(sum(line["reward"] for line in lines) / 32)
     assert summary["response_tokens"] == sum(line["num_tokens"] for line in lines)
@@ -172,6 +181,26 @@ def test_two_ranks_make_one_evaluation(tmp_path):
     assert process.returncode == 0, output
     # The same groups of four problems, so the same samples.
     assert comparable(folder) == comparable(one)
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_rank_ends_all_ranks(tmp_path):
+    (tmp_path / "strict.py").write_text(
+        "from laser_pl.reward.exact_verifier import ExactVerifier\n"
+        "class Strict(ExactVerifier):\n"
+        "    def __call__(self, problem, response):\n"
+        "        if problem.index == 7:\n"
+        "            raise ValueError('no verdict on the last problem')\n"
+        "        return super().__call__(problem, response)\n"
+    )
+    process = start(
+        tmp_path / "run", "trainer.devices=2", "verifier=exact", "verifier._target_=strict.Strict",
+        "verifier.on_error=stop",
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert output.count("no verdict on the last problem") == 1
+    assert "Traceback" not in output
 
 
 def test_adaptive_sampling_stops_where_the_vote_is_decided(compose_config, tmp_path):

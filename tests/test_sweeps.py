@@ -24,6 +24,7 @@ SHRUNK = [
     "evaluation.every_n_steps=0", "self_reward.reasoning_warmup_steps=0",
     "checkpoint.every_n_steps=0", "trainer.num_threads=1",
 ]  # fmt: skip
+ONE_POINT = {"self_reward.alpha": {"value": 0.3}, "seed": {"value": 7}}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -89,8 +90,10 @@ def shrunk_sweep(tmp_path: Path, parameters: dict, *overrides: str) -> Path:
     return path
 
 
-def run_sweep(path: Path, environment: dict, store: Path, tmp_path: Path) -> list[dict]:
-    """The runs of a sweep, in order, after its agent has ended."""
+def run_sweep(
+    path: Path, environment: dict, store: Path, tmp_path: Path, num_agents: int = 1
+) -> list[dict]:
+    """The runs of a sweep, in order, after its agents have ended."""
     made = subprocess.run(
         ["wandb", "sweep", str(path)], env=environment, cwd=tmp_path, capture_output=True,
         text=True, timeout=120,
@@ -98,11 +101,20 @@ def run_sweep(path: Path, environment: dict, store: Path, tmp_path: Path) -> lis
     assert made.returncode == 0, made.stderr
     agent = re.search(r"wandb agent (\S+)", made.stderr)
     assert agent, made.stderr
-    done = subprocess.run(
-        ["wandb", "agent", agent[1]], env=environment, cwd=tmp_path, capture_output=True,
-        text=True, timeout=540,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    agents = [
+        subprocess.Popen(
+            ["wandb", "agent", agent[1]], env=environment, cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for _ in range(num_agents)
+    ]  # fmt: skip
+    try:
+        for process in agents:
+            printed, _ = process.communicate(timeout=540)
+            assert process.returncode == 0, printed
+    finally:
+        for process in agents:
+            process.kill()
     (sweep,) = (json.loads(file.read_text()) for file in (store / "sweeps").glob("*.json"))
     assert sweep["state"] == "FINISHED"
     return [json.loads((store / "runs" / f"{run}.json").read_text()) for run in sweep["runs"]]
@@ -147,3 +159,53 @@ def test_a_sweep_over_alpha_reports_every_run(wandb_cloud, tmp_path):
     for file in (tmp_path / "outputs").rglob("*"):
         if file.is_file():
             assert key.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_two_agents_share_a_sweep_whose_groups_lists_and_nulls_arrive(wandb_cloud, tmp_path):
+    environment, store = wandb_cloud
+    parameters = {
+        "self_reward.alpha": {"value": 0.3},
+        "seed": {"values": [7, 8]},
+        "self_reward": {"values": ["laser", "nosuch"]},  # Hydra itself refuses the second
+        "rollout.stop": {"value": ["<a>", "<b>"]},
+        "self_reward.incorrect_token": {"value": "null"},
+    }
+    path = shrunk_sweep(tmp_path, parameters)
+    runs = run_sweep(path, environment, store, tmp_path, num_agents=2)
+    assert len(runs) == len(list((store / "runs").glob("*.json"))) == 4
+    finished = [run for run in runs if run["state"] == "finished"]
+    assert sorted(run["config"]["seed"] for run in finished) == [7, 8]
+    for run in finished:
+        # The sweep's own key is the group's choice; its settings stand beside it.
+        assert run["config"]["self_reward"] == "laser"
+        assert run["config"]["self_reward.alpha"] == 0.3
+        assert run["config"]["self_reward.tau"] == 0.1
+        assert run["config"]["rollout"]["stop"] == ["<a>", "<b>"]
+        assert (tmp_path / "outputs" / "sweep" / run["id"] / "summary.json").is_file()
+    for run in runs:
+        if run not in finished:
+            assert run["state"] == "failed"
+            assert "nosuch" in run["summary"]["error"]
+
+
+@pytest.mark.slow
+def test_a_mistake_found_after_the_start_is_in_the_summary(wandb_cloud, tmp_path):
+    environment, store = wandb_cloud
+    # No response of the tiny model ends within two tokens.
+    path = shrunk_sweep(tmp_path, {"rollout.max_response_tokens": {"value": 2}} | ONE_POINT)
+    (run,) = run_sweep(path, environment, store, tmp_path)
+    assert (run["state"], run["exit_code"]) == ("failed", 2)
+    assert "rollout.max_response_tokens = 2" in run["summary"]["error"]
+
+
+@pytest.mark.slow
+def test_nested_parameters_are_refused_with_a_line(wandb_cloud, tmp_path):
+    environment, store = wandb_cloud
+    path = shrunk_sweep(tmp_path, {})
+    sweep = yaml.safe_load(path.read_text())
+    sweep["parameters"] = {"self_reward": {"parameters": {"alpha": {"values": [0.3]}}}}
+    path.write_text(yaml.safe_dump(sweep))
+    (run,) = run_sweep(path, environment, store, tmp_path)
+    assert run["state"] == "failed"
+    assert "write one parameter a key, such as self_reward.NAME" in run["summary"]["error"]

@@ -444,19 +444,32 @@ def test_lower_precisions_train(run, precision):
     assert all(math.isfinite(row["train/grad_norm"]) for row in rows)
 
 
-def test_a_multirun_makes_a_run_for_each_value(tmp_path):
-    command = [
-        sys.executable, str(ROOT / "run.py"), "--multirun", *SMALL, "max_steps=1",
-        "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep",
+def test_a_multirun_over_two_axes_makes_a_run_a_point_that_compare_reads(tmp_path):
+    def run(*arguments):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        command = [sys.executable, str(ROOT / "run.py"), *arguments]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, timeout=400, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = run("--multirun", *SMALL, "max_steps=1", "self_reward.alpha=0,0.1", "seed=1,2")
+    summaries = sorted(tmp_path.glob("multirun/*/*/*/summary.json"))
+    assert [path.parent.name for path in summaries] == ["0", "1", "2", "3"]
+    found = [json.loads(path.read_text()) for path in summaries]
+    assert [summary["seed"] for summary in found] == [1, 2, 1, 2]
+    for path in summaries:
+        (offline,) = (path.parent / "wandb").glob("offline-run-*")
+        assert out.count(f"wandb sync {offline}") == 1
+    run("task=compare", "runs=multirun", "output_dir=compared")
+    rows = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    assert [(row["settings"], row["seeds"]) for row in rows] == [
+        ({"self_reward.alpha": 0.0}, [1, 2]), ({"self_reward.alpha": 0.1}, [1, 2])
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for seed in (0, 1):
-        folder = tmp_path / "sweep" / str(seed)
-        assert json.loads((folder / "summary.json").read_text())["seed"] == seed
-        (offline,) = (folder / "wandb").glob("offline-run-*")
-        assert done.stdout.count(f"wandb sync {offline}") == 1
+    accuracies = [summary["accuracy"] for summary in found]
+    means = [row["accuracy"]["mean"] for row in rows]
+    assert means == pytest.approx([sum(accuracies[:2]) / 2, sum(accuracies[2:]) / 2])
 
 
 def test_a_job_of_a_multirun_that_fails_leaves_the_next_a_wandb_run_of_its_own(tmp_path):

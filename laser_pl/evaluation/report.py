@@ -18,6 +18,7 @@ from laser_pl.evaluation.metrics import (
     expected_calibration_error,
     majority_vote,
     pass_at_k,
+    reliability_curve,
     verification_metrics,
 )
 
@@ -112,9 +113,11 @@ def detailed_summary(
         confidence: at which it stops.
         threshold: a response is judged correct if its score is above this.
     Returns:
-        Also self_verification.f1_binary and .score_length_spearman (NaN where not defined),
-        voting_curves, adaptive (what stopping early would have saved, also against equal_fixed_k,
-        the smallest k of the curves whose weighted vote is as accurate), response_tokens.
+        Also self_verification.f1_binary and .score_length_spearman (of finished responses), NaN
+        where not defined; reliability (mean_score, accuracy and num_responses of each tenth of the
+        scores' range), voting_curves, adaptive (what stopping early would have saved, also against
+        equal_fixed_k, the smallest k of the curves whose weighted vote is as accurate),
+        response_tokens.
     """
     summary = _with_details(evaluation_summary(samples, threshold), samples, threshold)
     scores, correct = samples.judgements.tolist(), samples.correct.tolist()
@@ -182,15 +185,19 @@ def _with_details(
     summary: dict[str, Any], samples: EvaluationSamples, threshold: float
 ) -> dict[str, Any]:
     scores, correct = samples.judgements.flatten(), samples.correct.flatten()
-    lengths = samples.num_tokens.flatten().tolist()
-    varies = len(set(lengths)) > 1 and len(set(scores.tolist())) > 1
+    # A truncated response has no score; its length is the limit's.
+    ended = samples.finished.flatten().bool()
+    judged, lengths = scores[ended].tolist(), samples.num_tokens.flatten()[ended].tolist()
+    varies = len(set(lengths)) > 1 and len(set(judged)) > 1
     details = {
         "f1_binary": verification_metrics(scores, correct, threshold)["f1_binary"],
         "score_length_spearman": (
-            float(spearmanr(scores.tolist(), lengths).statistic) if varies else math.nan
+            float(spearmanr(judged, lengths).statistic) if varies else math.nan
         ),
     }
     summary["self_verification"] |= details
+    curve = reliability_curve(scores, correct)
+    summary["reliability"] = {name: part.tolist() for name, part in curve._asdict().items()}
     summary["response_tokens"] = int(samples.num_tokens.sum())
     return summary
 

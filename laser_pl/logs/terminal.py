@@ -26,6 +26,7 @@ _ROWS = (
     _Row("  AUROC", ("self_verification", "auroc"), +1),
     _Row("  accuracy on correct", ("self_verification", "accuracy_on_correct"), +1),
     _Row("  accuracy on incorrect", ("self_verification", "accuracy_on_incorrect"), +1),
+    _Row("  calibration error (ECE)", ("self_verification", "ece"), -1),
     _Row("majority vote @{k}", ("voting", "majority"), +1),
     _Row("  weighted by score @{k}", ("voting", "weighted"), +1),
     _Row("  best of {k} by score", ("voting", "best_of"), +1),
@@ -44,12 +45,14 @@ def print_summary(
 
     Args:
         before: `evaluation_summary` before the first update; None if it was not made.
-        after: the same after the last one.
+        after: the same after the last one, or `detailed_summary`, whose votes are shown by k.
         files: path -> a few words on what it holds, in the order to show.
         console: where to print.
     """
     console.print()
     console.print(_summary_table(before, after))
+    if "voting_curves" in after:
+        console.print(_votes_table(after["voting_curves"]))
     if files:
         folder = _common_folder(files)
         # Text, not markup: a path may contain [brackets].
@@ -102,6 +105,16 @@ def _summary_table(before: Summary | None, after: Summary) -> Table:
         else:
             old = _value(before, row.keys)
             table.add_row(label, _number(old), _number(new), _change(old, new, row.better))
+    return table
+
+
+def _votes_table(curves: Mapping[str, list[float]]) -> Table:
+    table = Table(title="votes of k samples", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("k", "majority", "weighted by score", "best by score", "pass@k"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    names = ("majority", "weighted", "best_of", "pass_at_k")
+    for k, *values in zip(curves["k"], *(curves[name] for name in names), strict=True):
+        table.add_row(str(k), *map(_number, values))
     return table
 
 

@@ -17,7 +17,7 @@ import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from laser_pl.config import Config, WandbConfig
+from laser_pl.config import Config, WandbConfig, flatten
 from laser_pl.errors import UserError, one_line
 from laser_pl.evaluation.callback import EvaluationCallback
 from laser_pl.logs.files import write_json_atomically
@@ -62,16 +62,25 @@ def start_wandb(config: Config, settings: WandbConfig, folder: Path) -> Any:
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     write_json_atomically(folder / WANDB_FILE, {"id": run.id})
+    _keep_swept_groups(run, config)
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     run.config.update({"versions": versions}, allow_val_change=True)
     return run
 
 
-def finish_wandb(exit_code: int, console: Console) -> None:
-    """End the wandb run; where it is offline, say so once, with the line that uploads it."""
+def finish_wandb(exit_code: int, mistake: str | None, console: Console) -> None:
+    """End the wandb run; where it is offline, say so once, with the line that uploads it.
+
+    Args:
+        exit_code: of the training run.
+        mistake: of the input, that ended it; it goes into the wandb run's summary.
+        console: where to say so.
+    """
     run = wandb.run
     if run is None:
         return
+    if mistake is not None:
+        run.summary["error"] = mistake
     folder = Path(run.dir).parent  # of its files
     is_offline = bool(run.offline)
     wandb.finish(exit_code)
@@ -164,6 +173,17 @@ def histograms(scores: Mapping[str, list[float]]) -> dict[str, Any]:
         for verdict, values in scores.items()
         if values
     }
+
+
+def _keep_swept_groups(run: Any, config: Config) -> None:
+    """Log a group's settings one by one where a sweep holds its name, which W&B then locks."""
+    resolved = config.model_dump(mode="json", by_alias=True)
+    swept = {
+        name: group
+        for name, group in resolved.items()
+        if isinstance(group, dict) and isinstance(run.config.get(name), str)
+    }
+    run.config.update(flatten(swept))
 
 
 def _known_id(config: Config, folder: Path) -> str | None:

@@ -297,7 +297,7 @@ def calibrate(
         raise UserError(
             f"rollout.max_response_tokens = {config.rollout.max_response_tokens}: none of "
             f"{config.num_sequences} responses ended with EOS within it, so that there is no score "
-            "to calibrate; give a larger one"
+            f"to calibrate; give a larger one{' or no rollout.stop' * bool(config.rollout.stop)}"
         )
     # Where nothing finished and nothing is trained: that of a uniform distribution.
     uniform = -math.log(module.policy.config.get_text_config().vocab_size)

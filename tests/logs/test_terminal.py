@@ -39,6 +39,17 @@ def test_the_summary_shows_before_after_and_signed_change() -> None:
     assert "32 held-out problems, 16 samples each" in text
 
 
+def test_an_evaluation_shows_its_votes_by_k() -> None:
+    curves = {
+        "k": [1, 2, 3], "majority": [0.5, 0.5, 0.6], "weighted": [0.5, 0.55, 0.7],
+        "best_of": [0.5, 0.53, 0.65], "pass_at_k": [0.5, 0.7, 0.9],
+    }  # fmt: skip
+    text = _printed(print_summary, None, make_summary() | {"voting_curves": curves}, {})
+    rows = [line.split() for line in text.splitlines()]
+    assert ["2", "0.500", "0.550", "0.530", "0.700"] in rows
+    assert ["calibration", "error", "(ECE)", "0.200"] in rows
+
+
 def test_more_truncation_is_shown_as_worse_and_more_accuracy_as_better() -> None:
     text = _printed(
         print_summary, make_summary(0.5, truncated=0.1), make_summary(0.75, truncated=0.3), {},
