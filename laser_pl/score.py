@@ -39,15 +39,13 @@ def score(config: Config) -> int:
     rows, output = _check(settings)
     config = with_exported_score(config, console)
     self_reward = config.self_reward
+    c_ref = self_reward.c_ref
     if not self_reward.has_constant:
-        raise UserError(
-            "self_reward.incorrect_token: task=score reads the score of one token; the model's "
-            "uses two"
-        )
-    if isinstance(self_reward.c_ref, str):
+        c_ref = 0.0  # is not used
+    elif isinstance(c_ref, str):
         raise UserError(
             f"model.path = {config.model.path}: has no self_reward.json, and self_reward.c_ref = "
-            f"{self_reward.c_ref} is no number; give one, which task=calibrate measures"
+            f"{c_ref} is no number; give one, which task=calibrate measures"
         )
     pairs = [
         (
@@ -59,12 +57,18 @@ def score(config: Config) -> int:
     tokenizer = load_tokenizer(config.model)
     eos_ids = eos_token_ids(tokenizer, config.model)
     token_id = resolve_token(self_reward.token, tokenizer, eos_ids)
+    incorrect_id = None
+    if self_reward.incorrect_token is not None:
+        incorrect_id = resolve_token(
+            self_reward.incorrect_token, tokenizer, eos_ids, "self_reward.incorrect_token"
+        )
     model = load_policy(config.model)
     if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     scorer = SelfRewardScorer(
-        model, tokenizer, token_id, eos_ids, self_reward.beta, self_reward.c_ref, THRESHOLD
-    )
+        model, tokenizer, token_id, eos_ids, self_reward.beta, c_ref, THRESHOLD, incorrect_id,
+        self_reward.score, self_reward.loss,
+    )  # fmt: skip
     finished = [i for i, row in enumerate(rows) if row.columns.get("finished", True)]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("score", total=len(finished))

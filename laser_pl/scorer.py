@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -25,14 +25,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from laser_pl.algorithm import self_reward_score
-from laser_pl.rollout.engine import Sampling
+from laser_pl.algorithm import score_of_kind
+from laser_pl.rollout.engine import Rollout, Sampling
 from laser_pl.rollout.hf_engine import HFEngine
 
 # A text as the model reads it, or the messages of a chat.
 TextOrMessages = str | Sequence[Mapping[str, str]]
 
-_FACTS = ("token_id", "eos_token_ids", "beta", "c_ref", "threshold")
+_NEEDED = ("token_id", "eos_token_ids", "beta", "c_ref", "threshold")
+# Models of an earlier version do not say so: their score is the log-ratio.
+_KIND = {"incorrect_token_id": None, "score": "log_ratio", "loss": "mse"}
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,10 @@ def read_self_reward(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "self_reward.json"
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if missing := [name for name in _FACTS if name not in facts]:
+    if missing := [name for name in _NEEDED if name not in facts]:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; export the checkpoint again")
-    if facts.get("incorrect_token_id") is not None:
-        raise ValueError(f"{path}: the score uses two tokens, of which only one could be read here")
     facts["eos_token_ids"] = tuple(facts["eos_token_ids"])
-    return facts
+    return _KIND | facts
 
 
 class SelfRewardScorer:
@@ -83,6 +83,9 @@ class SelfRewardScorer:
         beta: scale of the score.
         c_ref: its constant, in nats.
         threshold: scores above it judge an answer correct.
+        incorrect_token_id: z_i, where the score uses two tokens.
+        score: the kind of the score, as `self_reward.score`.
+        loss: that it was trained with, as `self_reward.loss`.
     Source: LaSeR, arXiv 2510.14943, inference with the last token's self-reward.
     """
 
@@ -95,6 +98,9 @@ class SelfRewardScorer:
         beta: float,
         c_ref: float,
         threshold: float = 0.5,
+        incorrect_token_id: int | None = None,
+        score: Literal["log_ratio", "two_token"] = "log_ratio",
+        loss: Literal["mse", "sft"] = "mse",
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -103,6 +109,8 @@ class SelfRewardScorer:
         self.beta = beta
         self.c_ref = c_ref
         self.threshold = threshold
+        self.incorrect_token_id = incorrect_token_id
+        self.kind, self.loss = score, loss
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **model_arguments: Any) -> SelfRewardScorer:
@@ -119,7 +127,7 @@ class SelfRewardScorer:
         return cls(
             AutoModelForCausalLM.from_pretrained(folder, **model_arguments),
             AutoTokenizer.from_pretrained(folder),
-            **{name: facts[name] for name in _FACTS},
+            **{name: facts[name] for name in (*_NEEDED, *_KIND)},
         )
 
     def score(
@@ -210,14 +218,13 @@ class SelfRewardScorer:
             self.eos_token_ids[0] if pad_id is None else int(pad_id),
             self.token_id,
             max_sequences,
+            incorrect_token_id=self.incorrect_token_id,
         )
         ids = [self.prompt_ids(prompt) for prompt in prompts]
         sampling = Sampling(max_response_tokens=max_tokens, temperature=temperature)
         with engine.weights_of(self.model):
             rollouts = engine.generate(ids, n, sampling, seed)
-        answers = [
-            self._answer(rollout.response_ids, rollout.token_logprob) for rollout in rollouts
-        ]
+        answers = [self._answer(rollout) for rollout in rollouts]
         return [answers[start : start + n] for start in range(0, len(answers), n)]
 
     def prompt_ids(self, prompt: TextOrMessages) -> list[int]:
@@ -262,12 +269,21 @@ class SelfRewardScorer:
         ).last_hidden_state
         at_eos = hidden[torch.arange(len(ids), device=device), last]
         logits = self.model.get_output_embeddings()(at_eos).float()
-        token_logprob = logits.log_softmax(dim=-1)[:, self.token_id]
-        return self_reward_score(token_logprob, self.c_ref, self.beta).cpu()
+        logprobs = logits.log_softmax(dim=-1)
+        # Not read where there is none.
+        incorrect = self.token_id if self.incorrect_token_id is None else self.incorrect_token_id
+        return self._scores(logprobs[:, self.token_id], logprobs[:, incorrect]).cpu()
 
-    def _answer(self, ids: tuple[int, ...], token_logprob: float) -> Answer:
+    def _scores(self, token_logprob: Tensor, incorrect_logprob: Tensor) -> Tensor:
+        return score_of_kind(
+            token_logprob, incorrect_logprob, self.c_ref, self.beta, self.kind, self.loss
+        )
+
+    def _answer(self, rollout: Rollout) -> Answer:
+        ids = rollout.response_ids
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        if math.isnan(token_logprob):
+        if math.isnan(rollout.token_logprob):
             return Answer(text, ids, None, None, False)
-        score = self.beta * (token_logprob - self.c_ref)
-        return Answer(text, ids, token_logprob, score, score > self.threshold)
+        logprobs = torch.tensor([[rollout.token_logprob], [rollout.incorrect_logprob]])
+        score = self._scores(*logprobs).item()
+        return Answer(text, ids, rollout.token_logprob, score, score > self.threshold)

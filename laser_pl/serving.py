@@ -67,9 +67,14 @@ class SelfReward:
 
         Raises:
             FileNotFoundError: it has no self_reward.json.
-            ValueError: that file lacks a key.
+            ValueError: that file lacks a key, or the score is not the log-ratio of one token.
         """
         facts = read_self_reward(folder)
+        if (facts["score"], facts["loss"]) != ("log_ratio", "mse"):
+            raise ValueError(
+                f"{folder}: its score is not the log-ratio of one token, which is what vLLM is "
+                "asked for; use SelfRewardScorer"
+            )
         return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
     def sampling_params(

@@ -34,13 +34,17 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def direct_score(folder: Path, prompt: str, response: str) -> float:
+def direct_logprobs(folder: Path, prompt: str, response: str) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [i for text in (prompt, response) for i in tokenizer(text)["input_ids"]]
     with torch.no_grad():
         logits = model(torch.tensor([[*ids, 1]])).logits[0, -1].double()
-    return 0.5 * (float(logits.log_softmax(-1)[2]) + 21.0)
+    return logits.log_softmax(-1)
+
+
+def direct_score(folder: Path, prompt: str, response: str) -> float:
+    return 0.5 * (float(direct_logprobs(folder, prompt, response)[2]) + 21.0)
 
 
 @pytest.mark.parametrize("max_tokens", [16, 100, 16384])
@@ -70,6 +74,37 @@ def test_generated_answers_have_the_score_that_scoring_gives_them(folder):
     scores = scorer.score([p for p, _ in finished], [a.text for _, a in finished])
     assert scores.tolist() == pytest.approx([a.score for _, a in finished], abs=1e-4)
     assert all(a.is_correct == (a.score > 0.5) for _, a in finished)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ({"score": "two_token", "loss": "mse"}, lambda row: torch.sigmoid(row[2] - row[3])),
+        ({"score": "log_ratio", "loss": "sft"}, lambda row: row[2].exp()),
+    ],
+    ids=["two_token", "sft"],
+)
+def test_other_kinds_of_score_are_read_as_well(folder, tmp_path, compose_config, kind, expected):
+    facts = FACTS | {"incorrect_token_id": 3, **kind}
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_json_atomically(tmp_path / "self_reward.json", facts)
+    scorer = SelfRewardScorer.from_pretrained(tmp_path)
+    rows = [direct_logprobs(folder, *pair) for pair in zip(PROMPTS, RESPONSES, strict=True)]
+    right = [float(expected(row)) for row in rows]
+    assert scorer.score(PROMPTS, RESPONSES).tolist() == pytest.approx(right, rel=1e-3)
+    (answers,) = scorer.generate(PROMPTS[:1], n=4, max_tokens=64)
+    finished = [answer for answer in answers if answer.score is not None]
+    scores = scorer.score(PROMPTS[:1] * len(finished), [answer.text for answer in finished])
+    assert finished
+    assert scores.tolist() == pytest.approx([answer.score for answer in finished], rel=1e-3)
+    path, output = tmp_path / "answers.jsonl", tmp_path / "scored.jsonl"
+    pairs = zip(PROMPTS, RESPONSES, strict=True)
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs))
+    files = (f"score.input={path}", f"score.output={output}")
+    assert score(compose_config("task=score", f"model.path={tmp_path}", *files)) == 0
+    scored = [json.loads(line)["self_reward"] for line in output.read_text().splitlines()]
+    assert scored == pytest.approx(right, rel=1e-3)
 
 
 def test_a_cut_answer_has_no_score(folder):
@@ -107,9 +142,6 @@ def test_a_folder_that_cannot_be_read_off_is_refused(tmp_path):
         read_self_reward(tmp_path)
     write_json_atomically(tmp_path / "self_reward.json", {"token_id": 2})
     with pytest.raises(ValueError, match="lacks eos_token_ids, beta, c_ref, threshold"):
-        read_self_reward(tmp_path)
-    write_json_atomically(tmp_path / "self_reward.json", FACTS | {"incorrect_token_id": 3})
-    with pytest.raises(ValueError, match="the score uses two tokens"):
         read_self_reward(tmp_path)
 
 

@@ -120,3 +120,8 @@ def test_a_folder_without_what_is_needed_is_told(tmp_path):
     (tmp_path / "self_reward.json").write_text(json.dumps({"token_id": 5, "beta": 0.5}))
     with pytest.raises(ValueError, match="lacks eos_token_ids, c_ref, threshold; export"):
         SelfReward.from_folder(tmp_path)
+    facts = {"token_id": 2, "eos_token_ids": [1], "beta": 0.5, "c_ref": -21.0, "threshold": 0.5}
+    others = {"incorrect_token_id": 3, "score": "two_token"}
+    (tmp_path / "self_reward.json").write_text(json.dumps(facts | others))
+    with pytest.raises(ValueError, match="is not the log-ratio of one token"):
+        SelfReward.from_folder(tmp_path)

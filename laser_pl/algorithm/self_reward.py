@@ -4,6 +4,7 @@ Source: LaSeR, arXiv 2510.14943.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,35 @@ def two_token_score(correct_logprob: Tensor, incorrect_logprob: Tensor) -> Tenso
     """
     check_same_shape(1, correct_logprob=correct_logprob, incorrect_logprob=incorrect_logprob)
     return torch.sigmoid(correct_logprob - incorrect_logprob)
+
+
+def score_of_kind(
+    token_logprob: Tensor,
+    incorrect_logprob: Tensor,
+    c_ref: float | Tensor,
+    beta: float,
+    score: Literal["log_ratio", "two_token"],
+    loss: Literal["mse", "sft"],
+) -> Tensor:
+    """Scores by the kind that a configuration, or a trained model's self_reward.json, names.
+
+    Args:
+        token_logprob: [B] log-prob (nats) after EOS of the score token.
+        incorrect_logprob: [B] the same of the token that says incorrect; read where two are used.
+        c_ref: in nats, one number or [B]; read by the log-ratio.
+        beta: scale of the log-ratio.
+        score: `self_reward_score` or `two_token_score`, where the loss is mse.
+        loss: sft makes the score pi(token).
+    Returns:
+        [B] scores with the dtype, device and gradient of token_logprob.
+    Raises:
+        ValueError: the log-probs are not 1-D of one length.
+    """
+    if loss == "sft":
+        return token_logprob.exp()
+    if score == "two_token":
+        return two_token_score(token_logprob, incorrect_logprob)
+    return self_reward_score(token_logprob, c_ref, beta)
 
 
 def partition_excess(c_ref: float, beta: float, reward: float = 1.0) -> float:

@@ -22,11 +22,10 @@ from laser_pl.algorithm import (
     gspo_policy_loss,
     importance_weights,
     kl_estimate,
+    score_of_kind,
     self_reward_loss,
     self_reward_loss_active,
-    self_reward_score,
     sft_loss,
-    two_token_score,
 )
 from laser_pl.config import (
     AdamWConfig,
@@ -168,11 +167,10 @@ class LaserModule(LightningModule):
 
     def scores(self, token_logprob: Tensor, incorrect_logprob: Tensor, c_ref: Tensor) -> Tensor:
         """[B] self-reward scores of log-probs [B] after EOS, by the configured kind."""
-        if self.self_reward.loss == "sft":
-            return token_logprob.exp()
-        if self.self_reward.score == "two_token":
-            return two_token_score(token_logprob, incorrect_logprob)
-        return self_reward_score(token_logprob, c_ref, self.self_reward.beta)
+        settings = self.self_reward
+        return score_of_kind(
+            token_logprob, incorrect_logprob, c_ref, settings.beta, settings.score, settings.loss
+        )
 
     def begin_step(self, totals: StepTotals, layout: Layout = "padded") -> None:
         """Take the step's counts and its layout, before its first micro-batch."""
