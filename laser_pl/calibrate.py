@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,12 +23,16 @@ from laser_pl.data.problem import Prompt
 from laser_pl.distributed import derive_seed
 from laser_pl.errors import UserError
 from laser_pl.evaluation.plots import plot_tokens
+from laser_pl.launch import is_rank_zero
 from laser_pl.logs.files import write_json_atomically
 from laser_pl.rollout.batch import RolloutBatch
 from laser_pl.rollout.callback import WARN_PARTITION_EXCESS
+from laser_pl.rollout.hf_engine import HFEngine
 from laser_pl.setup import Inputs, check_output_dir, prepare_inputs, prepare_output_dir
-from laser_pl.train import build_collector, build_module, quieten_libraries
+from laser_pl.train import build_collector, build_module, quieten_libraries, wait_for
 
+# Responses that are sampled at once.
+GENERATED_SEQUENCES = 64
 # Sequences of a forward pass that reads the distribution after EOS.
 FORWARD_SEQUENCES = 16
 # Words in the names of tokens that a tokenizer keeps for later.
@@ -108,14 +114,21 @@ def calibrate(config: Config) -> int:
 def with_chosen_token(config: Config, inputs: Inputs, console: Console) -> tuple[Config, Inputs]:
     """The configuration with the best token in place of `self_reward.token=auto`.
 
+    Rank 0 measures, before there is a process group; the others read its choice in the run's
+    config.yaml, which it writes next.
+
     Raises:
-        UserError: there are several ranks, which would each measure, or no token fits.
+        UserError: no token fits, or rank 0 does not say which within trainer.timeout_minutes.
     """
-    if config.num_ranks > 1:
-        raise UserError(
-            "self_reward.token = auto: is measured by one process; run task=calibrate first, and "
-            "give the token that it names"
-        )
+    if not is_rank_zero():
+        path = Path(config.output_dir) / "config.yaml"
+        if not wait_for(path, config.trainer.timeout_minutes * 60):
+            raise UserError(
+                f"self_reward.token = auto: {path} did not come within trainer.timeout_minutes = "
+                f"{config.trainer.timeout_minutes:g}; it must be on a file system that all share"
+            )
+        chosen = yaml.safe_load(path.read_text())["self_reward"]["token"]
+        return _with_token(config, inputs, chosen)
     best = rank_tokens(config, inputs)[0][0]
     if best.problem is not None:
         raise UserError(
@@ -126,9 +139,13 @@ def with_chosen_token(config: Config, inputs: Inputs, console: Console) -> tuple
         f"self_reward.token: {best.text} (id {best.token_id}), {best.reason}",
         highlight=False, markup=False,
     )  # fmt: skip
+    return _with_token(config, inputs, best.token_id)
+
+
+def _with_token(config: Config, inputs: Inputs, token_id: int) -> tuple[Config, Inputs]:
     raw = config.model_dump(by_alias=True)
-    raw["self_reward"]["token"] = best.token_id
-    return validate(raw), replace(inputs, score_token_id=best.token_id)
+    raw["self_reward"]["token"] = token_id
+    return validate(raw), replace(inputs, score_token_id=token_id)
 
 
 def rank_tokens(config: Config, inputs: Inputs) -> tuple[list[TokenFacts], int]:
@@ -149,7 +166,16 @@ def rank_tokens(config: Config, inputs: Inputs) -> tuple[list[TokenFacts], int]:
         module.to("cuda")
     number = max(1, config.calibrate.num_responses // config.rollouts_per_prompt)
     prompts = PromptDataModule(inputs.train, [], number, 1, config.seed).prompts_of_step(1)
-    collector = build_collector(config, inputs)
+    # Not the rollouts' engine: vLLM would be started for these alone.
+    engine = HFEngine(
+        inputs.eos_ids,
+        int(inputs.tokenizer.pad_token_id),
+        inputs.score_token_id,
+        GENERATED_SEQUENCES,
+        decode=lambda ids: str(inputs.tokenizer.decode(ids)),
+        autocast=config.trainer.precision == "bf16-mixed",
+    )
+    collector = build_collector(config, inputs, engine)
     with collector.engine.weights_of(module.policy):
         seed = derive_seed(config.seed, "calibrate", 0)
         batch = collector.generate(prompts, config.rollouts_per_prompt, seed)

@@ -407,8 +407,10 @@ def build_module(config: Config, inputs: Inputs, strategy: Strategy | str = "aut
     )
 
 
-def build_collector(config: Config, inputs: Inputs) -> Collector:
-    """The engine, and the verifier behind it."""
+def build_collector(
+    config: Config, inputs: Inputs, engine: RolloutEngine | None = None
+) -> Collector:
+    """The engine, by default the configured one, and the verifier behind it."""
     settings = config.rollout
     sampling = Sampling(
         max_response_tokens=settings.max_response_tokens,
@@ -419,8 +421,9 @@ def build_collector(config: Config, inputs: Inputs) -> Collector:
         min_p=settings.min_p,
         stop=tuple(settings.stop),
     )
-    engine = build_engine(config, inputs)
-    return Collector(engine, inputs.verifier, inputs.tokenizer, sampling)
+    return Collector(
+        engine or build_engine(config, inputs), inputs.verifier, inputs.tokenizer, sampling
+    )
 
 
 def build_engine(config: Config, inputs: Inputs) -> RolloutEngine:

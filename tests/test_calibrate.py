@@ -1,13 +1,24 @@
 """task=calibrate and self_reward.token=auto: which token, and why."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
 
-from laser_pl.calibrate import calibrate, candidate_tokens, logprobs_after_eos, rank_tokens
+from laser_pl import calibrate as calibrate_file
+from laser_pl.calibrate import (
+    calibrate,
+    candidate_tokens,
+    logprobs_after_eos,
+    rank_tokens,
+    with_chosen_token,
+)
 from laser_pl.config import validate
 from laser_pl.errors import UserError
 from laser_pl.models.loading import load_policy, load_tokenizer
@@ -16,6 +27,14 @@ from laser_pl.rollout.engine import Rollout
 from laser_pl.setup import prepare_inputs
 from laser_pl.train import train
 
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "self_reward.token=auto", "prompts_per_step=4", "rollouts_per_prompt=4",
+    "micro_batch_size=4", "data.num_train=64", "data.num_held_out=4", "logger=csv",
+    "data.samples_per_problem=2", "evaluation.interim_samples_per_problem=2",
+    "calibrate.num_responses=32", "checkpoint.every_n_steps=1", "optimizer.schedule=constant",
+    "trainer.num_threads=1",
+)  # fmt: skip
 TINY = ("task=calibrate", "calibrate.num_responses=32", "trainer.num_threads=1")
 SMOLLM2 = ("task=calibrate", "model=smollm2-135m", "data.num_train=8")
 
@@ -89,26 +108,44 @@ def test_a_beta_that_no_token_fits_is_told(compose_config, tmp_path):
 
 
 def test_auto_takes_the_best_token_and_a_resumed_run_keeps_it(compose_config, tmp_path, capsys):
-    small = (
-        "self_reward.token=auto", "prompts_per_step=4", "rollouts_per_prompt=4",
-        "micro_batch_size=4", "data.num_train=64", "data.num_held_out=4", "logger=csv",
-        "data.samples_per_problem=2", "evaluation.interim_samples_per_problem=2",
-        "calibrate.num_responses=32", "checkpoint.every_n_steps=1", "optimizer.schedule=constant",
-        "trainer.num_threads=1",
-    )  # fmt: skip
-    assert train(compose_config(*small, "max_steps=1")) == 0
+    assert train(compose_config(*SMALL, "max_steps=1")) == 0
     assert "self_reward.token: <|reserved_" in capsys.readouterr().out
     config = validate(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert config.self_reward.token == summary["token_id"]
-    assert train(compose_config(*small, "max_steps=2", "resume=auto")) == 0
+    assert train(compose_config(*SMALL, "max_steps=2", "resume=auto")) == 0
     assert "self_reward.token: <|reserved_" not in capsys.readouterr().out
 
 
-def test_auto_needs_one_process(compose_config):
-    config = compose_config("self_reward.token=auto", "trainer.devices=2")
-    with pytest.raises(UserError, match="auto: is measured by one process"):
-        train(config)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_auto_on_two_ranks_is_the_choice_of_one(tmp_path, launcher):
+    folder = tmp_path / "run"
+    arguments = [
+        str(ROOT / "run.py"), *SMALL, "max_steps=1", "trainer.accelerator=cpu",
+        f"output_dir={folder}",
+    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = (
+        [*torchrun, *arguments]
+        if launcher == "torchrun"
+        else [sys.executable, *arguments, "trainer.devices=2"]
+    )
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("self_reward.token: <|reserved_") == 1
+    config = validate(yaml.safe_load((folder / "config.yaml").read_text()))
+    assert config.self_reward.token == json.loads((folder / "summary.json").read_text())["token_id"]
+
+
+def test_a_rank_that_never_hears_the_choice_says_so(compose_config, monkeypatch):
+    monkeypatch.setattr(calibrate_file, "is_rank_zero", lambda: False)
+    config = compose_config("self_reward.token=auto", "trainer.timeout_minutes=0.001")
+    with pytest.raises(UserError, match=r"config.yaml did not come within trainer.timeout_minutes"):
+        with_chosen_token(config, None, None)
 
 
 def test_a_model_of_ones_own_needs_no_token(compose_config):
