@@ -47,6 +47,7 @@ MEASURES = {
     "weighted": ("voting", "weighted"),
     "best_of": ("voting", "best_of"),
 }
+_UNFINISHED = "is no training run that has finished"
 # Those that a terminal has room for.
 SHOWN = ("accuracy", "f1", "auroc", "weighted")
 STEP_METRICS = ("held_out/accuracy", "held_out/f1")
@@ -110,7 +111,7 @@ def compare(config: Config) -> int:
 
 
 def find_runs(patterns: str, console: Console) -> list[Run]:
-    """The finished runs in folders that patterns name, each found once.
+    """The finished runs in folders that patterns name, each found once, a repeated one left out.
 
     Raises:
         UserError: a pattern matches nothing, or there is no finished run.
@@ -124,21 +125,24 @@ def find_runs(patterns: str, console: Console) -> list[Run]:
             folders |= {
                 path.parent.resolve(): None for path in sorted(Path(match).rglob("config.yaml"))
             }
-    runs = []
+    runs: list[Run] = []
     for folder in folders:
         if any(parent in folders for parent in folder.parents):
             continue  # a run's own checkpoints, and what wandb keeps there
         run = _read(folder)
-        if run is not None:
+        twin = next((r for r in runs if run and _is_twin(r, run)), None)
+        if run is not None and twin is None:
             runs.append(run)
-        else:
-            console.print(
-                f"left out: {folder} is no training run that has finished",
-                markup=False, soft_wrap=True,
-            )  # fmt: skip
+            continue
+        why = f"is {twin.folder} again, settings and seed" if twin else _UNFINISHED
+        console.print(f"left out: {folder} {why}", markup=False, highlight=False, soft_wrap=True)
     if not runs:
         raise UserError(f"compare.runs = {patterns}: no finished run (config.yaml, summary.json)")
     return runs
+
+
+def _is_twin(run: Run, other: Run) -> bool:
+    return run.seed == other.seed and run.settings == other.settings
 
 
 def varying_keys(runs: Sequence[Run]) -> list[str]:
@@ -195,6 +199,8 @@ def _read(folder: Path) -> Run | None:
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: is not the folder of a run ({one_line(error)})") from None
     kept = {key: value for key, value in settings.items() if not key.startswith(_IGNORED)}
+    # An alias, an id and the text are one token.
+    kept["self_reward.token"] = summary.get("special_token", settings.get("self_reward.token"))
     return Run(folder, kept, seed, measures, rows)
 
 

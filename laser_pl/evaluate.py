@@ -37,6 +37,7 @@ from laser_pl.evaluation.report import (
     detailed_summary,
     join_samples,
 )
+from laser_pl.hub import file_of_model
 from laser_pl.launch import is_rank_zero
 from laser_pl.logs.files import write_json_atomically, write_text_atomically
 from laser_pl.logs.samples import Sample, SamplesFile, lines_of, read_samples
@@ -126,8 +127,9 @@ def processes(config: Config) -> Iterator[torch.device]:
 
 def with_exported_score(config: Config, console: Console) -> Config:
     """The configuration with token, beta and c_ref of the model's self_reward.json, if any."""
-    path = Path(resolve_path(config.model.path)) / "self_reward.json"
-    if not path.is_file():
+    model = resolve_path(config.model.path)
+    path = file_of_model(model, "self_reward.json", config.model.revision)
+    if path is None:
         if config.self_reward.token == "auto":
             raise UserError(
                 f"self_reward.token = auto: {config.model.path} has no self_reward.json that names "

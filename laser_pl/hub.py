@@ -3,7 +3,8 @@
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 # Seconds to wait for an answer before only the cache is tried.
@@ -24,6 +25,28 @@ def hub_answers() -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def file_of_model(path: str, name: str, revision: str | None = None) -> Path | None:
+    """A file beside a model's weights, downloaded where the model is on the hub; None without it.
+
+    Args:
+        path: the model's folder, or its hub name.
+        name: of the file.
+        revision: branch, tag or commit of a hub model.
+    """
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        with nullcontext() if hub_answers() else only_the_cache():
+            return Path(hf_hub_download(path, name, revision=revision))
+    # What else is wrong with the name, its weights will tell.
+    except (EntryNotFoundError, OSError, ValueError):
+        return None
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from laser_pl.algorithm import score_of_kind
+from laser_pl.hub import file_of_model
 from laser_pl.rollout.engine import Rollout, Sampling
 from laser_pl.rollout.hf_engine import HFEngine
 
@@ -60,11 +61,15 @@ class Answer:
 def read_self_reward(folder: str | Path) -> dict[str, Any]:
     """The content of a trained model's self_reward.json: token_id, eos_token_ids, beta, c_ref, ...
 
+    Args:
+        folder: the model's, or its name on the hub.
     Raises:
-        FileNotFoundError: the folder has no self_reward.json.
+        FileNotFoundError: there is no self_reward.json.
         ValueError: that file lacks a key, or is broken.
     """
-    path = Path(folder) / "self_reward.json"
+    path = file_of_model(str(folder), "self_reward.json")
+    if path is None:
+        raise FileNotFoundError(f"{folder}: has no self_reward.json; give a model folder of a run")
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if missing := [name for name in _NEEDED if name not in facts]:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; export the checkpoint again")
@@ -117,7 +122,7 @@ class SelfRewardScorer:
         """Load the model folder that a run or an export has written.
 
         Args:
-            folder: with self_reward.json.
+            folder: with self_reward.json, or its name on the hub.
             model_arguments: of transformers' `from_pretrained`, such as device_map or dtype.
         Raises:
             FileNotFoundError: the folder has no self_reward.json.

@@ -68,6 +68,25 @@ def test_a_run_that_ended_before_its_last_step_is_left_out(sweep, change, capsys
     assert f"left out: {sweep / '0'} is no training run" in capsys.readouterr().out
 
 
+def test_a_run_that_repeats_another_is_left_out(sweep, compose_config, capsys):
+    overrides = ("self_reward.alpha=0.1", "seed=0", "logger=csv")
+    make_run(sweep / "again", compose_config, 0.8, *overrides)
+    assert len(find_runs(str(sweep), Console(width=1000))) == 5
+    assert f"left out: {sweep / 'again'} is {sweep / '4'} again" in capsys.readouterr().out
+
+
+def test_one_token_by_alias_and_by_id_is_one_row(tmp_path, compose_config):
+    for seed, token in enumerate(("tiny-reserved-1", "3")):
+        folder = tmp_path / "runs" / str(seed)
+        make_run(folder, compose_config, 0.5, f"seed={seed}", f"self_reward.token={token}")
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["special_token"] = "<|reserved_1|>"
+        (folder / "summary.json").write_text(json.dumps(summary))
+    runs = find_runs(str(tmp_path / "runs"), QUIET)
+    assert len(runs) == 2
+    assert varying_keys(runs) == []
+
+
 def test_runs_that_differ_in_the_seed_alone_are_one_row(sweep):
     runs = find_runs(f"{sweep}/[0-2], {sweep}", QUIET)
     assert len(runs) == 5

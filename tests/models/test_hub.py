@@ -18,6 +18,10 @@ ROOT = Path(__file__).parent.parent.parent
 TINY = Path(loading.__file__).parent / "tiny"
 COMMIT = "1" * 40
 NAME = "someone/some-model"
+FACTS = {
+    "special_token": "<|reserved_1|>", "token_id": 3, "eos_token_ids": [1], "beta": 0.25,
+    "c_ref": -21.0, "threshold": 0.5,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -25,6 +29,7 @@ def hub():
     """A hub with one model; returns its address and how often each file's content was sent."""
     files = {path.name: path.read_bytes() for path in TINY.iterdir() if path.suffix != ".py"}
     files = {name: content for name, content in files.items() if "." in name}
+    files["self_reward.json"] = json.dumps(FACTS).encode()
     sent: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
@@ -86,3 +91,32 @@ def test_two_ranks_of_a_node_download_each_file_once(hub, tmp_path):
     assert sent["model.safetensors"] == 1
     assert sent["tokenizer.json"] == 1
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_trained_model_brings_its_score_from_the_hub(hub, tmp_path):
+    address, sent = hub
+    environment = os.environ | {
+        "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, str(ROOT / "run.py"), "task=evaluate", "model=hf", f"model.path={NAME}",
+        "data.num_held_out=2", "data.samples_per_problem=2", f"output_dir={tmp_path}/run",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["token_id"], summary["beta"], summary["c_ref"]) == (3, 0.25, -21.0)
+    script = (
+        "from laser_pl.scorer import SelfRewardScorer\n"
+        f"scorer = SelfRewardScorer.from_pretrained({NAME!r})\n"
+        "print(scorer.token_id, scorer.beta)"
+    )
+    # The hub is gone; the cache has it all.
+    environment["HF_HUB_OFFLINE"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["3", "0.25"], done.stderr[-3000:]
+    assert sent["self_reward.json"] == 1
