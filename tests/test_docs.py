@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -57,6 +58,23 @@ def test_every_key_is_documented(compose_config, overrides):
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     missing = {key for key in leaves(known_keys(config)) if f"`{key}`" not in text}
     assert not missing
+
+
+def test_the_page_of_every_key_has_types_ranges_and_defaults(compose_config):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    rows = hooks.schema_page().splitlines()
+    assert "| `self_reward.alpha` | number at least 0 | `0.05` |" in rows
+    assert '| `self_reward.score` | `log_ratio`, `two_token` | `"log_ratio"` |' in rows
+    keys = {row.split("`")[1] for row in rows if row.startswith("| `")}
+    config = compose_config().model_dump(by_alias=True)
+    # The parameters of a dataset or a verifier are its own.
+    wanted = {k for k in leaves(known_keys(config)) if not k.startswith("data.params.")}
+    # A logger that is off is null, and its own keys are in the page.
+    assert wanted - keys == {"logger.tensorboard"}
+    assert "logger.tensorboard.subfolder" in keys
 
 
 def test_every_choice_of_every_group_is_documented():
