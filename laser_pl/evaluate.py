@@ -49,7 +49,14 @@ from laser_pl.rollout.callback import calibrate
 from laser_pl.rollout.micro_batches import make_plan
 from laser_pl.rollout.scoring import add_scores
 from laser_pl.setup import Inputs, check_output_dir, prepare_inputs, prepare_output_dir
-from laser_pl.train import build_collector, build_module, quieten_libraries
+from laser_pl.train import (
+    EXIT_FAILED,
+    build_collector,
+    build_module,
+    is_lost_peer,
+    quieten_libraries,
+    tell_lost_peer,
+)
 from laser_pl.training.module import LaserModule
 
 # Responses that vLLM gets at once; the hf engine gets as many as it generates at once.
@@ -68,7 +75,7 @@ def evaluate(config: Config) -> int:
     that resume=auto goes on from it.
 
     Returns:
-        The exit code, 0.
+        The exit code: 0, 1 if another rank has died.
     Raises:
         UserError: whatever of the input will not do.
     """
@@ -85,8 +92,10 @@ def evaluate(config: Config) -> int:
     folder = Path(config.output_dir)
     if is_rank_zero():
         prepare_output_dir(config)
+    this_rank = 0
     try:
         with processes(config) as device:
+            this_rank = rank()
             torch.manual_seed(config.seed)
             if config.trainer.num_threads:
                 torch.set_num_threads(config.trainer.num_threads)
@@ -100,6 +109,11 @@ def evaluate(config: Config) -> int:
     except KeyboardInterrupt:
         console.print(f"interrupted: go on with output_dir={folder} resume=auto", highlight=False)
         raise
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        tell_lost_peer(error, this_rank, folder)
+        return EXIT_FAILED
     finally:
         inputs.verifier.close()
     return 0

@@ -210,14 +210,9 @@ class _Run:
         return 128 + self.stop.interrupted if self.stop.interrupted else 0
 
     def _tell_lost_peer(self, error: RuntimeError) -> int:
-        """On every rank that is left: rank 0 may be the one that died."""
         saved = list_checkpoints(self.folder / FOLDER)
         newest = f"; the newest checkpoint is {saved[-1]}" if saved else ""
-        print(
-            f"error: rank {self.trainer.global_rank}: another process of the run has died or hangs "
-            f"({one_line(error)}){newest}; go on with output_dir={self.folder} resume=auto",
-            file=sys.stderr,
-        )
+        tell_lost_peer(error, self.trainer.global_rank, self.folder, newest)
         return EXIT_FAILED
 
     def _callbacks(self) -> list[Callback]:
@@ -288,6 +283,15 @@ class _Run:
                 "total": total_s,
             },
         )
+
+
+def tell_lost_peer(error: RuntimeError, rank: int, folder: Path, newest: str = "") -> None:
+    """Say so on every rank that is left: rank 0 may be the one that died."""
+    print(
+        f"error: rank {rank}: another process of the run has died or hangs "
+        f"({one_line(error)}){newest}; go on with output_dir={folder} resume=auto",
+        file=sys.stderr,
+    )
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -228,6 +228,28 @@ def test_a_node_that_dies_takes_the_run_down_with_a_message(tmp_path, strategy):
     assert "the newest checkpoint is" in errors and "resume=auto" in errors
 
 
+def test_a_node_that_dies_takes_an_evaluation_down_with_a_message(tmp_path):
+    port, folder = free_port(), tmp_path / "run"
+    # What one node has sampled waits for the other's, which never comes.
+    overrides = (
+        "task=evaluate", "self_reward.c_ref=-21.0", "data.num_held_out=600",
+        "data.samples_per_problem=16", "rollout.max_sequences=16", f"output_dir={folder}",
+    )  # fmt: skip
+    nodes = [run_node(tmp_path, torchrun(port, n), {}, *overrides) for n in (0, 1)]
+    deadline = time.monotonic() + 120
+    while not (folder / "progress" / "rank-1.jsonl").is_file():
+        assert time.monotonic() < deadline and nodes[0].poll() is None
+        time.sleep(0.1)
+    dying = psutil.Process(nodes[1].pid)
+    for process in [dying, *dying.children(recursive=True)]:
+        process.kill()
+    _, errors = nodes[0].communicate(timeout=240)
+    assert nodes[0].returncode != 0
+    assert "another process of the run has died or hangs" in errors
+    assert f"output_dir={folder} resume=auto" in errors
+    assert (folder / "progress" / "rank-0.jsonl").is_file()
+
+
 def test_a_mistake_that_every_rank_finds_is_told_once(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     process = run_node(tmp_path, launcher, {}, "prompts_per_step=3")
