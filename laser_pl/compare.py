@@ -192,6 +192,8 @@ def _read(folder: Path) -> Run | None:
         settings = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
         summary = json.loads((folder / "summary.json").read_text())
         rows = read_metrics(folder / "metrics.csv")
+        if settings["task"] != "train":
+            return None
         seed = int(settings.pop("seed"))
         if summary["interrupted"] or summary["steps"] < settings["max_steps"]:
             return None
@@ -264,8 +266,11 @@ def _print(
     )  # fmt: skip
     short = [axis.rpartition(".")[2] for axis in axes]
     names = short if len(set(short)) == len(short) else axes
-    for name in [*names, "seeds", *SHOWN]:
-        shown.add_column(Text(name))
+    # A long setting is folded: measures that wrap could not be read.
+    for name in [*names, "seeds"]:
+        shown.add_column(Text(name), overflow="fold")
+    for name in SHOWN:
+        shown.add_column(Text(name), no_wrap=True)
     for row in table:
         settings = [Text(str(row["settings"][axis])) for axis in axes]
         shown.add_row(*settings, str(len(row["seeds"])), *(show(row[name]) for name in SHOWN))

@@ -186,12 +186,6 @@ class SelfRewardConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _beta_fits_a_constant_c_ref(self) -> SelfRewardConfig:
-        if self.is_trained and self.has_constant and not isinstance(self.c_ref, str):
-            check_partition_excess(self.c_ref, self.beta)
-        return self
-
 
 class OptimizerSection(Section):
     lr: float = Field(gt=0)
@@ -399,6 +393,19 @@ class Config(Section):
             )
         return self
 
+    @property
+    def beta_has_to_fit(self) -> bool:
+        """Whether the score's optimum is trained for, so that Z - 1 has to be small."""
+        trains = self.task not in ("evaluate", "score")
+        return trains and self.self_reward.is_trained and self.self_reward.has_constant
+
+    @model_validator(mode="after")
+    def _beta_fits_a_constant_c_ref(self) -> Config:
+        c_ref = self.self_reward.c_ref
+        if self.beta_has_to_fit and not isinstance(c_ref, str):
+            check_partition_excess(c_ref, self.self_reward.beta)
+        return self
+
     @model_validator(mode="after")
     def _evaluation_has_problems(self) -> Config:
         wanted, there = self.evaluation.num_problems, self.data.num_held_out
@@ -461,7 +468,12 @@ def validate(raw: Mapping[str, Any]) -> Config:
     Raises:
         UserError: all mistakes, a line each, with the dotted key and what was found.
     """
-    if texts := [key for key, value in flatten(raw).items() if value == "None"]:
+    texts = [
+        key
+        for key, value in flatten(raw).items()
+        if value == "None" or (isinstance(value, list) and "None" in value)
+    ]
+    if texts:
         raise UserError(
             "\n".join(
                 f'{key} = None: is a text to Hydra; write null, or "null" in a sweep\'s file'

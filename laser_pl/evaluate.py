@@ -63,6 +63,8 @@ from laser_pl.training.module import LaserModule
 VLLM_SEQUENCES = 2048
 # Of output_dir/progress: what earlier sessions have sampled.
 KNOWN = "known.jsonl"
+# Beside it, the constant that their scores were made with: measured anew it could be another.
+CONSTANT = "c_ref.json"
 # Below this share of finished responses the limit is likely too small.
 FEW_FINISHED = 0.5
 
@@ -317,7 +319,17 @@ class _Evaluation:
                 sample = Sample(**{name: row[name] for name in names})
                 lines.setdefault(sample.problem, []).append(sample)
             known |= {number: row for number, row in lines.items() if self._is_whole(number, row)}
-        return known
+        asked = {prompt.problem.index: self._asked(prompt) for prompt in self.prompts}
+        return {
+            number: row
+            for number, row in known.items()
+            if asked.get(number) == (row[0].prompt, row[0].reference_answer)
+        }
+
+    def _asked(self, prompt: Prompt) -> tuple[str, str]:
+        """What samples hold of a problem, which may have changed in its file since."""
+        text = str(self.collector.tokenizer.decode(list(prompt.token_ids)))
+        return text, prompt.problem.answer
 
     def _is_whole(self, number: int, lines: list[Sample]) -> bool:
         settings = self.config.evaluation
@@ -331,6 +343,7 @@ class _Evaluation:
         folder = self.folder / "progress"
         folder.mkdir(exist_ok=True)
         old = [file for file in folder.glob("*.jsonl") if file.name != KNOWN]
+        write_json_atomically(folder / CONSTANT, {"c_ref": self.module.c_ref})
         text = lines_of(line for row in known.values() for line in row)
         write_text_atomically(folder / KNOWN, text)
         for file in old:
@@ -338,6 +351,9 @@ class _Evaluation:
 
     def _measure_constant(self) -> None:
         given = self.config.self_reward.c_ref
+        for path in (self.folder / "progress" / CONSTANT, self.folder / "summary.json"):
+            if isinstance(given, str) and path.is_file():
+                given = json.loads(path.read_text())["c_ref"]
         if not isinstance(given, str):
             self.module.c_ref = given
             return
@@ -380,7 +396,7 @@ def _report(
     # Written whole, in the order of the problems; only then the progress may go.
     text = lines_of(line for row in lines for line in row)
     write_text_atomically(folder / "samples.jsonl", text)
-    for file in folder.glob("progress/*.jsonl"):
+    for file in folder.glob("progress/*.json*"):
         file.unlink()
     (folder / "progress").rmdir()
     if settings.adaptive:

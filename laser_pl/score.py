@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def score(config: Config) -> int:
         model, tokenizer, token_id, eos_ids, self_reward.beta, c_ref, THRESHOLD, incorrect_id,
         self_reward.score, self_reward.loss,
     )  # fmt: skip
-    finished = [i for i, row in enumerate(rows) if row.columns.get("finished", True)]
+    finished = [i for i, row in enumerate(rows) if _is_finished(row)]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("score", total=len(finished))
         found = scorer.score_encoded(
@@ -101,7 +102,26 @@ def _check(settings: ScoreConfig) -> tuple[list[Row], Path]:
         raise UserError(f"score.output = {output}: is there already; give a new file")
     if output.suffix != ".jsonl":
         raise UserError(f"score.output = {output}: must end in .jsonl")
-    return read_rows(settings.input, "score.input"), output
+    rows = read_rows(settings.input, "score.input")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"score.output = {output}: cannot be written ({error.strerror}); give another file"
+        ) from None
+    return rows, output
+
+
+def _is_finished(row: Row) -> bool:
+    """Whether the response ended; a CSV has the word alone, and a file may not say."""
+    value = row.columns.get("finished", True)
+    words = {"true": True, "false": False}
+    known = value if isinstance(value, bool) else words.get(str(value).strip().lower())
+    if known is None:
+        raise UserError(f"{row.where}: finished = {value!r}; must be true or false")
+    return known
 
 
 def _encode(scorer: SelfRewardScorer, row: Row, prompt: Any, response: str) -> Tensor:

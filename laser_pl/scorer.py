@@ -216,7 +216,11 @@ class SelfRewardScorer:
             max_sequences: sampled at a time.
         Returns:
             [P][n] answers.
+        Raises:
+            ValueError: n is below 1, a prompt is empty, or `prompt_ids` refuses one.
         """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, found {n}")
         pad_id = self.tokenizer.pad_token_id
         engine = HFEngine(
             self.eos_token_ids,
@@ -226,6 +230,8 @@ class SelfRewardScorer:
             incorrect_token_id=self.incorrect_token_id,
         )
         ids = [self.prompt_ids(prompt) for prompt in prompts]
+        if not all(ids):
+            raise ValueError(f"prompt {ids.index([])} is empty")
         sampling = Sampling(max_response_tokens=max_tokens, temperature=temperature)
         with engine.weights_of(self.model):
             rollouts = engine.generate(ids, n, sampling, seed)
@@ -244,8 +250,10 @@ class SelfRewardScorer:
         return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
     def _from_messages(self, messages: Sequence[Mapping[str, str]]) -> str:
-        if not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
-            raise ValueError("a prompt must be a text, or messages with role and content")
+        for message in messages:
+            parts = message if isinstance(message, Mapping) else {}
+            if not all(isinstance(parts.get(name), str) for name in ("role", "content")):
+                raise ValueError("a prompt must be a text, or messages with role and content")
         if self.tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template; give the prompt as a text")
         chat = [dict(message) for message in messages]

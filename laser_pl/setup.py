@@ -188,22 +188,24 @@ def check_output_dir(
         checkpoint: the one to go on from, None to start anew.
         console: where differences are told that `resume_force` allows.
     Raises:
-        UserError: the folder is not empty and is not the run to resume, or the configuration that
-            the checkpoint was made with differs in something that matters.
+        UserError: the folder is not empty and is not the run to resume, or is of another task, or
+            the configuration that the checkpoint was made with differs in something that matters.
     """
     folder = Path(config.output_dir)
     is_used = folder.is_dir() and any(folder.iterdir())
-    is_own = config.resume == "auto" and (folder / "config.yaml").is_file()
+    can_go_on = config.task in RESUMED_TASKS
+    is_own = can_go_on and config.resume == "auto" and (folder / "config.yaml").is_file()
     if is_used and not is_own:
         raise UserError(
             f"output_dir = {folder}: already holds files, which are not overwritten; give a new "
-            "folder, or resume=auto to go on with the run in it"
+            f"folder{', or resume=auto to go on with the run in it' * can_go_on}"
         )
     before = folder if is_used else checkpoint
     if before is not None:
         _check_same_run(config, before / "config.yaml", console)
 
 
+RESUMED_TASKS = ("train", "evaluate")
 # What may change when a run goes on: how long it is, where it logs, what it runs on.
 _FREE_KEYS = (
     "task", "max_steps", "resume", "output_dir", "logger", "checkpoint", "export",
@@ -217,6 +219,11 @@ _FREE_KEYS = (
 
 def _check_same_run(config: Config, path: Path, console: Console | None) -> None:
     before = yaml.safe_load(path.read_text())
+    if before["task"] != config.task:
+        raise UserError(
+            f"output_dir = {path.parent}: is of task={before['task']}, which task={config.task} "
+            "would overwrite; give a new folder"
+        )
     old, new = flatten(before), flatten(config.model_dump(mode="json", by_alias=True))
     changed = [
         key

@@ -98,6 +98,7 @@ MISTAKES = [
     (["self_reward.token='<|eos|>'"], "self_reward.token = <|eos|>: is the EOS token"),
     (["self_reward.token='<|pad|>'"], "self_reward.token = <|pad|>: is the pad token"),
     (["self_reward.c_ref=-5", "self_reward.beta=0.1"], "self_reward.beta = 0.1 does not fit"),
+    (["rollout.stop=[a,None]"], "rollout.stop = None: is a text to Hydra"),
     (["self_reward.c_ref=often"], "must be a valid number, or 'calibrated' or 'model'"),
     (
         ["data=file", "verifier=exact", "data.path=/no/such/file.jsonl"],

@@ -68,6 +68,11 @@ def test_a_run_that_ended_before_its_last_step_is_left_out(sweep, change, capsys
     assert f"left out: {sweep / '0'} is no training run" in capsys.readouterr().out
 
 
+def test_an_evaluation_is_left_out(sweep, compose_config):
+    make_run(sweep / "evaluation", compose_config, 0.8, "task=evaluate", "seed=9")
+    assert len(find_runs(str(sweep), QUIET)) == 5
+
+
 def test_a_run_that_repeats_another_is_left_out(sweep, compose_config, capsys):
     overrides = ("self_reward.alpha=0.1", "seed=0", "logger=csv")
     make_run(sweep / "again", compose_config, 0.8, *overrides)

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from transformers import AutoConfig
 
@@ -17,6 +18,7 @@ from laser_pl.errors import UserError
 from laser_pl.evaluate import evaluate, with_length_that_fits
 from laser_pl.logs.samples import read_samples
 from laser_pl.models.loading import resolve_path
+from laser_pl.setup import check_output_dir
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -117,6 +119,76 @@ def test_a_finished_evaluation_samples_nothing_again(compose_config, tmp_path, m
     monkeypatch.setattr(evaluate_file._Evaluation, "_sample", fail)
     assert evaluate(compose_config(*SMALL, "resume=auto")) == 0
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+
+
+def test_what_resumes_keeps_the_constant_that_its_scores_were_made_with(
+    compose_config, tmp_path, monkeypatch
+):
+    measured = tuple(override for override in SMALL if "c_ref" not in override)
+    evaluation = evaluate_file._Evaluation
+    sample = evaluation._sample
+    calls = iter(range(1))
+
+    def interrupted(*arguments):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    monkeypatch.setattr(evaluation, "_sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(compose_config(*measured))
+    kept = json.loads((tmp_path / "run" / "progress" / "c_ref.json").read_text())["c_ref"]
+    monkeypatch.setattr(evaluation, "_sample", sample)
+
+    def fail(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(evaluate_file, "calibrate", fail)
+    for _ in range(2):  # from the progress, then from the finished evaluation
+        assert evaluate(compose_config(*measured, "resume=auto")) == 0
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["c_ref"] == kept
+
+
+def test_a_problem_that_has_changed_is_sampled_again(compose_config, tmp_path):
+    path = tmp_path / "problems.jsonl"
+    problems = [{"problem": f"{n} + 1 =", "answer": str(n + 1)} for n in range(4)]
+    overrides = (
+        "task=evaluate", "self_reward.c_ref=-21.0", "data=file", f"data.path={path}",
+        "data.num_train=0", "data.num_held_out=4", "data.samples_per_problem=2",
+        "verifier=exact", "trainer.num_threads=1",
+    )  # fmt: skip
+
+    def run(*more: str) -> list[dict]:
+        path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+        assert evaluate(compose_config(*overrides, *more)) == 0
+        return read_samples(tmp_path / "run" / "samples.jsonl")
+
+    run()
+    problems[2] = {"problem": "7 + 2 =", "answer": "9"}
+    lines = run("resume=auto")
+    (changed,) = {line["problem"] for line in lines if "7 + 2" in line["prompt"]}
+    assert [line["reference_answer"] for line in lines if line["problem"] == changed] == ["9", "9"]
+    assert len(lines) == 8
+
+
+def test_a_broken_line_of_samples_is_named(compose_config, tmp_path):
+    assert evaluate(compose_config(*SMALL)) == 0
+    path = tmp_path / "run" / "samples.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "{broken\n", *lines[2:]]))
+    with pytest.raises(UserError, match=r"samples.jsonl:2: is no sample"):
+        evaluate(compose_config(*SMALL, "resume=auto"))
+
+
+@pytest.mark.parametrize("task", ["evaluate", "calibrate", "train"])
+def test_one_task_does_not_write_over_another(compose_config, tmp_path, task):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    other = compose_config("task=train" if task != "train" else "task=evaluate")
+    text = yaml.safe_dump(other.model_dump(mode="json", by_alias=True))
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"would overwrite; give a new folder|already holds files"):
+        check_output_dir(compose_config(f"task={task}", "resume=auto", "resume_force=true"))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -126,9 +126,13 @@ def test_inputs_that_do_not_fit_are_refused(folder):
     with pytest.raises(ValueError, match=r"prompt and response have \d+ tokens, more than"):
         scorer.score(["1 + " * 2000], ["1"])
     chat = [{"role": "user", "content": "8 - 2"}]
-    for messages in (["8 - 2"], [{"text": "8 - 2"}]):
+    for messages in (["8 - 2"], [{"text": "8 - 2"}], [{"role": "user", "content": None}]):
         with pytest.raises(ValueError, match="must be a text, or messages with role and content"):
             scorer.score([messages], ["6"])
+    with pytest.raises(ValueError, match="n must be at least 1, found 0"):
+        scorer.generate(PROMPTS, n=0)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        scorer.generate([PROMPTS[0], ""])
     scorer.tokenizer.chat_template = "{{ raise_exception('no user here') }}"
     with pytest.raises(ValueError, match="the chat template refuses the messages: no user here"):
         scorer.score([chat], ["6"])
@@ -184,6 +188,36 @@ def test_a_csv_with_other_columns_is_scored_with_the_folders_token(
     assert [row["id"] for row in scored] == ["a", "b", "c"]
 
 
+def test_a_csv_says_in_words_what_was_cut(compose_config, folder, tmp_path):
+    path, output = tmp_path / "answers.csv", tmp_path / "new" / "scored.jsonl"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "response", "finished"])
+        writer.writerows(zip(PROMPTS[:2], RESPONSES[:2], ["False", "true"], strict=True))
+    files = (f"model.path={folder}", f"score.input={path}", f"score.output={output}")
+    assert score(compose_config("task=score", *files)) == 0
+    cut, whole = (json.loads(line)["self_reward"] for line in output.read_text().splitlines())
+    assert cut is None
+    assert whole == pytest.approx(direct_score(folder, PROMPTS[1], RESPONSES[1]), abs=1e-4)
+    output.unlink()
+    path.write_text(path.read_text().replace("False", "perhaps"))
+    with pytest.raises(UserError, match=r"answers.csv:\d: finished = 'perhaps'; must be true"):
+        score(compose_config("task=score", *files))
+
+
+@pytest.mark.parametrize("c_ref", [-5.0, -21.0])
+def test_scoring_asks_nothing_of_beta(compose_config, folder, tmp_path, c_ref):
+    path, output = tmp_path / "answers.jsonl", tmp_path / "scored.jsonl"
+    path.write_text(json.dumps({"prompt": PROMPTS[1], "response": RESPONSES[1]}) + "\n")
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in folder.iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+    write_json_atomically(own / "self_reward.json", FACTS | {"c_ref": c_ref, "beta": 0.05})
+    files = (f"model.path={own}", f"score.input={path}", f"score.output={output}")
+    assert score(compose_config("task=score", *files)) == 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -194,6 +228,7 @@ def test_a_csv_with_other_columns_is_scored_with_the_folders_token(
         (["score.input={broken}", "score.output=o.jsonl"], "broken.jsonl:2: broken JSON"),
         (["score.input={good}", "score.output={good}"], "is there already; give a new file"),
         (["score.input={good}", "score.output=o.txt"], "must end in .jsonl"),
+        (["score.input={good}", "score.output={good}/o.jsonl"], "cannot be written"),
         (
             ["score.input={good}", "score.output=o.jsonl", "score.response_column=reply",
              "self_reward.c_ref=-21.0"],

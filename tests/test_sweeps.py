@@ -24,6 +24,7 @@ SHRUNK = [
     "evaluation.every_n_steps=0", "self_reward.reasoning_warmup_steps=0",
     "checkpoint.every_n_steps=0", "trainer.num_threads=1",
 ]  # fmt: skip
+FOLDER = "hydra.run.dir=outputs/sweep/${oc.env:WANDB_SWEEP_ID}/${oc.env:WANDB_RUN_ID}"
 ONE_POINT = {"self_reward.alpha": {"value": 0.3}, "seed": {"value": 7}}
 
 
@@ -31,7 +32,7 @@ ONE_POINT = {"self_reward.alpha": {"value": 0.3}, "seed": {"value": 7}}
 def test_every_point_of_a_sweep_composes_and_its_metric_is_logged(path):
     sweep = yaml.safe_load(path.read_text())
     assert sweep["metric"]["name"] in METRICS
-    assert sweep["command"][-1] == "hydra.run.dir=outputs/sweep/${oc.env:WANDB_RUN_ID}"
+    assert sweep["command"][-1] == FOLDER
     for name, parameter in sweep["parameters"].items():
         for value in parameter.get("values") or [parameter["min"], parameter["max"]]:
             # As the agent does: whole floats become integers.
@@ -134,7 +135,7 @@ def test_a_sweep_over_alpha_reports_every_run(wandb_cloud, tmp_path):
         assert run["config"]["self_reward.alpha"] == alpha  # the sweep's own key
         assert run["config"]["self_reward"]["alpha"] == alpha
         assert run["config"]["seed"] == 7
-        assert run["config"]["output_dir"].endswith(f"outputs/sweep/{run['id']}")
+        assert run["config"]["output_dir"].endswith(f"outputs/sweep/{run['sweep']}/{run['id']}")
         assert "torch" in run["config"]["versions"]
         steps = {row["trainer/global_step"] for row in run["history"] if "train/loss" in row}
         assert steps == {1, 2}
@@ -145,7 +146,7 @@ def test_a_sweep_over_alpha_reports_every_run(wandb_cloud, tmp_path):
         logged = {key for row in run["history"] for key in row}
         assert {"samples", "figures/voting", "figures/training_curves"} <= logged
         assert any(key.startswith("self_reward/scores_") for key in logged)
-        folder = tmp_path / "outputs" / "sweep" / run["id"]
+        folder = tmp_path / "outputs" / "sweep" / run["sweep"] / run["id"]
         assert (folder / "summary.json").is_file()
     failed = runs[2]
     assert failed["exit_code"] == 2
@@ -182,7 +183,9 @@ def test_two_agents_share_a_sweep_whose_groups_lists_and_nulls_arrive(wandb_clou
         assert run["config"]["self_reward.alpha"] == 0.3
         assert run["config"]["self_reward.tau"] == 0.1
         assert run["config"]["rollout"]["stop"] == ["<a>", "<b>"]
-        assert (tmp_path / "outputs" / "sweep" / run["id"] / "summary.json").is_file()
+        assert (
+            tmp_path / "outputs" / "sweep" / run["sweep"] / run["id"] / "summary.json"
+        ).is_file()
     for run in runs:
         if run not in finished:
             assert run["state"] == "failed"

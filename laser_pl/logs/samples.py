@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
+from laser_pl.errors import UserError
 from laser_pl.logs.files import finite_or_none
 
 
@@ -82,10 +83,10 @@ class SamplesFile:
         # Cut in place, which is one system call: the file may be too large to write again.
         size = 0
         with self.path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
-                if last_step is not None and json.loads(line)["step"] > last_step:
+                if last_step is not None and _read(self.path, number, line)["step"] > last_step:
                     break
                 size += len(line)
         os.truncate(self.path, size)
@@ -103,10 +104,26 @@ def read_samples(path: Path | str) -> list[dict[str, Any]]:
         path: the file; a last line without its end, as a crash leaves it, is skipped.
     Returns:
         a dict a line, with the fields of Sample as keys.
+    Raises:
+        UserError: a line is broken, or lacks a field.
     """
     # Not splitlines(), which would also cut at the line separators that responses may hold.
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    return [_read(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _read(path: Path | str, number: int, line: str | bytes) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        is_sample = {field.name for field in fields(Sample)} <= row.keys()
+    except (ValueError, AttributeError):
+        is_sample = False
+    if not is_sample:
+        raise UserError(
+            f"{path}:{number}: is no sample as this program writes them; mend the line, or give a "
+            "new output_dir"
+        )
+    return row
 
 
 def telling_samples(samples: Sequence[Sample], threshold: float = 0.5) -> list[Sample]:

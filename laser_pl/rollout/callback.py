@@ -306,7 +306,7 @@ def calibrate(
     if not isinstance(given, str):
         module.c_ref = given
     beta = config.self_reward.beta
-    if not config.self_reward.is_trained or not config.self_reward.has_constant:
+    if not config.beta_has_to_fit:
         return
     try:
         check_partition_excess(module.c_ref, beta)
