@@ -262,7 +262,7 @@ def _print(
 ) -> None:
     shown = Table(
         title=f"{num_runs} runs: mean and 95 % interval over seeds", title_justify="left",
-        box=box.SIMPLE_HEAD,
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
     )  # fmt: skip
     short = [axis.rpartition(".")[2] for axis in axes]
     names = short if len(set(short)) == len(short) else axes
@@ -277,7 +277,9 @@ def _print(
     console.print()
     console.print(shown)
     console.print(
-        f"Written to {folder}: comparison.md, .csv, .json, figures", highlight=False, soft_wrap=True
+        f"\nWritten to {folder}: comparison.md, .csv, .json, figures",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
