@@ -249,12 +249,13 @@ def plot_axis(
     places = range(len(points))
     _, accuracies, f1s = zip(*points, strict=True)
     lines = (("accuracy", BLUE, accuracies), ("self-verification F1", VERMILLION, f1s))
+    are_numbers = all(type(value) in (int, float) for value, *_ in points)
     for label, colour, intervals in lines:
         means = [interval.mean for interval in intervals]
         errors = [0.0 if math.isnan(i.half_width) else i.half_width for i in intervals]
         ax.errorbar(
-            places, means, yerr=errors, fmt="o-", color=colour, label=label, capsize=3, linewidth=2,
-            markersize=5.5,
+            places, means, yerr=errors, fmt="o-" if are_numbers else "o", color=colour, label=label,
+            capsize=3, linewidth=2, markersize=5.5,
         )  # fmt: skip
     _style(ax, note or "Held out, mean and 95 % interval over seeds", axis, "")
     # Evenly apart: alphas of 0, 0.03 and 1 would crowd on a linear axis and 0 has no logarithm.
