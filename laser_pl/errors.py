@@ -7,7 +7,7 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
-    """A mistake in the input, told in one line a mistake; which exits with 2.
+    """A mistake in the input, told in one line a mistake; the program then exits with 2.
 
     The message names the config key or the file and line, what was found, and what would do.
     """
