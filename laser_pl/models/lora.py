@@ -34,6 +34,11 @@ def add_adapter(model: PreTrainedModel, settings: LoraConfig) -> None:
             )
         )
     except ValueError as error:
+        if "version of PEFT" in str(error):
+            raise UserError(
+                f"model.lora.enabled = True: {one_line(error)}, or an older transformers; "
+                "pip install 'laser-pl[lora]'"
+            ) from None
         raise UserError(
             f"model.lora.target_modules = {settings.target_modules}: {one_line(error)}; give names "
             "of the model's linear layers, or all-linear"
