@@ -27,9 +27,14 @@ from laser_pl.launch import is_rank_zero
 from laser_pl.logs.files import write_json_atomically
 from laser_pl.rollout.batch import RolloutBatch
 from laser_pl.rollout.callback import WARN_PARTITION_EXCESS
-from laser_pl.rollout.hf_engine import HFEngine
 from laser_pl.setup import Inputs, check_output_dir, prepare_inputs, prepare_output_dir
-from laser_pl.train import build_collector, build_module, quieten_libraries, wait_for
+from laser_pl.train import (
+    build_collector,
+    build_hf_engine,
+    build_module,
+    quieten_libraries,
+    wait_for,
+)
 
 # Responses that are sampled at once.
 GENERATED_SEQUENCES = 64
@@ -167,14 +172,7 @@ def rank_tokens(config: Config, inputs: Inputs) -> tuple[list[TokenFacts], int]:
     number = max(1, config.calibrate.num_responses // config.rollouts_per_prompt)
     prompts = PromptDataModule(inputs.train, [], number, 1, config.seed).prompts_of_step(1)
     # Not the rollouts' engine: vLLM would be started for these alone.
-    engine = HFEngine(
-        inputs.eos_ids,
-        int(inputs.tokenizer.pad_token_id),
-        inputs.score_token_id,
-        GENERATED_SEQUENCES,
-        decode=lambda ids: str(inputs.tokenizer.decode(ids)),
-        autocast=config.trainer.precision == "bf16-mixed",
-    )
+    engine = build_hf_engine(config, inputs, GENERATED_SEQUENCES)
     collector = build_collector(config, inputs, engine)
     with collector.engine.weights_of(module.policy):
         seed = derive_seed(config.seed, "calibrate", 0)

@@ -61,7 +61,7 @@ from laser_pl.training.module import LaserModule
 
 # Responses that vLLM gets at once; the hf engine gets as many as it generates at once.
 VLLM_SEQUENCES = 2048
-# Of output_dir/progress: what earlier sessions have sampled.
+# Of output_dir/progress: what was sampled before an interruption.
 KNOWN = "known.jsonl"
 # Beside it, the constant that their scores were made with: measured anew it could be another.
 CONSTANT = "c_ref.json"
@@ -319,11 +319,12 @@ class _Evaluation:
                 sample = Sample(**{name: row[name] for name in names})
                 lines.setdefault(sample.problem, []).append(sample)
             known |= {number: row for number, row in lines.items() if self._is_whole(number, row)}
-        asked = {prompt.problem.index: self._asked(prompt) for prompt in self.prompts}
+        prompts = {prompt.problem.index: prompt for prompt in self.prompts}
         return {
             number: row
             for number, row in known.items()
-            if asked.get(number) == (row[0].prompt, row[0].reference_answer)
+            if number in prompts
+            and self._asked(prompts[number]) == (row[0].prompt, row[0].reference_answer)
         }
 
     def _asked(self, prompt: Prompt) -> tuple[str, str]:

@@ -208,7 +208,7 @@ def check_output_dir(
 RESUMED_TASKS = ("train", "evaluate")
 # What may change when a run goes on: how long it is, where it logs, what it runs on.
 _FREE_KEYS = (
-    "task", "max_steps", "resume", "output_dir", "logger", "checkpoint", "export",
+    "max_steps", "resume", "output_dir", "logger", "checkpoint", "export",
     "trainer.devices", "trainer.num_nodes", "trainer.num_threads", "trainer.accelerator",
     "trainer.timeout_minutes",
     "strategy", "micro_batch_size", "training", "model.gradient_checkpointing",

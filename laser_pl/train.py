@@ -434,18 +434,26 @@ def build_engine(config: Config, inputs: Inputs) -> RolloutEngine:
     """The engine that `rollout` names; vLLM starts when it is first used."""
     match config.rollout:
         case HFRollout() as settings:
-            return HFEngine(
-                inputs.eos_ids,
-                int(inputs.tokenizer.pad_token_id),
-                inputs.score_token_id,
-                settings.max_sequences,
-                decode=lambda ids: str(inputs.tokenizer.decode(ids)),
-                keep_gathered=settings.gathered_weights == "keep",
-                autocast=config.trainer.precision == "bf16-mixed",
-                incorrect_token_id=inputs.incorrect_token_id,
-            )
+            keep = settings.gathered_weights == "keep"
+            return build_hf_engine(config, inputs, settings.max_sequences, keep)
         case VllmRollout() as settings:
             return _build_vllm(config, settings, inputs)
+
+
+def build_hf_engine(
+    config: Config, inputs: Inputs, max_sequences: int, keep_gathered: bool = False
+) -> HFEngine:
+    """The engine that samples with transformers, whatever `rollout` names."""
+    return HFEngine(
+        inputs.eos_ids,
+        int(inputs.tokenizer.pad_token_id),
+        inputs.score_token_id,
+        max_sequences,
+        decode=lambda ids: str(inputs.tokenizer.decode(ids)),
+        keep_gathered=keep_gathered,
+        autocast=config.trainer.precision == "bf16-mixed",
+        incorrect_token_id=inputs.incorrect_token_id,
+    )
 
 
 def _build_vllm(config: Config, settings: VllmRollout, inputs: Inputs) -> RolloutEngine:

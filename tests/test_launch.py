@@ -207,6 +207,13 @@ def test_ranks_sample_differently_and_the_same_again(one_node, tmp_path):
     assert len({line["response"] for line in held_out}) > 1
 
 
+def kill_node(node: subprocess.Popen) -> None:
+    # torchrun's worker is in a session of its own: first the agent, which would tell the other.
+    dying = psutil.Process(node.pid)
+    for process in [dying, *dying.children(recursive=True)]:
+        process.kill()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero3"])
 def test_a_node_that_dies_takes_the_run_down_with_a_message(tmp_path, strategy):
     port = free_port()
@@ -216,10 +223,7 @@ def test_a_node_that_dies_takes_the_run_down_with_a_message(tmp_path, strategy):
     while not (tmp_path / "run" / "checkpoints" / "step-000002").is_dir():
         assert time.monotonic() < deadline and nodes[0].poll() is None
         time.sleep(0.1)
-    # torchrun's worker is in a session of its own: first the agent, which would tell the other.
-    dying = psutil.Process(nodes[1].pid)
-    for process in [dying, *dying.children(recursive=True)]:
-        process.kill()
+    kill_node(nodes[1])
     start = time.monotonic()
     _, errors = nodes[0].communicate(timeout=120)
     assert nodes[0].returncode != 0
@@ -240,9 +244,7 @@ def test_a_node_that_dies_takes_an_evaluation_down_with_a_message(tmp_path):
     while not (folder / "progress" / "rank-1.jsonl").is_file():
         assert time.monotonic() < deadline and nodes[0].poll() is None
         time.sleep(0.1)
-    dying = psutil.Process(nodes[1].pid)
-    for process in [dying, *dying.children(recursive=True)]:
-        process.kill()
+    kill_node(nodes[1])
     _, errors = nodes[0].communicate(timeout=240)
     assert nodes[0].returncode != 0
     assert "another process of the run has died or hangs" in errors

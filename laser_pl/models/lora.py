@@ -15,7 +15,8 @@ def add_adapter(model: PreTrainedModel, settings: LoraConfig) -> None:
     """Put an adapter into a model, and freeze everything else.
 
     Raises:
-        UserError: peft is not installed, no module has such a name, or the output layer has one.
+        UserError: peft is not installed or too old for transformers, no module has such a name, or
+            the output layer has one.
     """
     try:
         import peft
